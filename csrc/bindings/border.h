@@ -1,0 +1,42 @@
+// border.h - the border between Python and C++: what a torch tensor looks like from here, and whether a call may take
+// the direct road (plain strided tensors, nothing to record, nobody tracing).
+//
+// Checks only answer yes or no. A "no" sends the call back to Python, which finds out why and says so in words.
+#pragma once
+#include <Python.h>
+
+#include "bindings/dlpack.h"
+
+namespace pyflowmap {
+
+// Objects of torch that the border asks. Filled once by `connect` (pyflowmap/ops/border.py).
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  PyObject* is_grad_enabled = nullptr;
+  PyObject* dispatch_modes = nullptr;     // torch._C._len_torch_dispatch_stack
+  PyObject* tracing_state = nullptr;      // torch._C._get_tracing_state
+  PyObject* increment_version = nullptr;  // torch._C._increment_version
+  PyObject* forward_ad = nullptr;         // the module torch.autograd.forward_ad
+  PyObject* allocate = nullptr;           // allocate(bytes, like) -> uint8 tensor on like's device
+};
+
+Torch& torch();
+
+// Reads a tensor without taking a reference. Returns false (and leaves no Python error) for what has no plain storage:
+// another type, a subclass, a wrapper of functorch, sparse, meta. The shape lives as long as the tensor.
+bool view(PyObject* object, dlpack::Tensor* out);
+
+// The producer's current stream for the tensor's device (null on the CPU). False with a Python error set on failure.
+bool work_stream(PyObject* object, const dlpack::Tensor& tensor, void** stream);
+
+// True where autograd, forward-mode AD, a dispatch mode or the tracer wants to see the call. -1 on a Python error.
+int road_is_watched();
+int grad_enabled();
+
+// Of one operand: bits that the storage does not show (neg view), or a gradient to record.
+int is_plain(PyObject* tensor, bool grad_is_enabled);
+
+bool bump_versions(PyObject* outputs_tuple);
+
+}  // namespace pyflowmap

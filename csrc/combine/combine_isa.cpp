@@ -1,0 +1,393 @@
+// combine_isa.cpp - the loops of `combine` on the CPU. Compiled once per instruction set into a namespace of its own
+// (PYFLOWMAP_ISA = base, v3, v4); combine.cpp chooses one at run time. Contract: combine.h.
+//
+// A unit is walked in chunks that stay in the first-level cache: operands are widened once per chunk, every output is
+// one loop over the terms that are not zero, reductions read what is still in the cache. Lanes are explicit vectors of
+// 16, so the order of a sum does not depend on the instruction set.
+#include "combine/combine_isa.h"
+
+#include "common/normals.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifndef PYFLOWMAP_ISA
+#define PYFLOWMAP_ISA base
+#endif
+
+namespace pyflowmap::PYFLOWMAP_ISA {
+namespace {
+
+constexpr int kChunk = 512;
+constexpr int kSumLanes = 16;
+constexpr int kShortRow = 32;  // rows of a policy or a 2-D toy: a whole run of 256 normals would be wasted
+
+template <class A> struct Wide;
+template <> struct Wide<float> { typedef float type __attribute__((vector_size(64))); };
+template <> struct Wide<double> { typedef double type __attribute__((vector_size(64))); };
+
+template <class A> struct Sum;
+template <> struct Sum<float> { typedef float type __attribute__((vector_size(64))); };
+template <> struct Sum<double> { typedef double type __attribute__((vector_size(128))); };
+
+template <class A> struct Scratch {
+  alignas(64) A x[kMaxTerms][kChunk];
+  alignas(64) A y[kMaxOutputs][kChunk];
+  alignas(64) A mask[kChunk];
+  alignas(64) float normal[kChunk + 2 * kNormalRun];
+};
+
+// ---- reading and writing chunks ---------------------------------------------------------------------------------
+
+template <class A, class T> PFM_INLINE void widen(A* __restrict to, const void* from, int64_t at, int n) {
+  const T* source = static_cast<const T*>(from) + at;
+  for (int i = 0; i < n; ++i) to[i] = to_float(source[i]);
+}
+
+template <class A, class T> PFM_INLINE void narrow_to(void* to, int64_t at, const A* __restrict from, int n) {
+  T* target = static_cast<T*>(to) + at;
+  for (int i = 0; i < n; ++i) store(target + i, from[i]);
+}
+
+// A pointer to n elements of an operand as A: into the operand itself, or into `space` after widening.
+PFM_INLINE const float* read(const Operand& x, int64_t at, int n, float* space) {
+  if (x.dtype == DType::f32) return static_cast<const float*>(x.data) + at;
+  if (x.dtype == DType::bf16) widen<float, bf16>(space, x.data, at, n);
+  else widen<float, f16>(space, x.data, at, n);
+  return space;
+}
+PFM_INLINE const double* read(const Operand& x, int64_t at, int, double*) {
+  return static_cast<const double*>(x.data) + at;
+}
+
+PFM_INLINE void write(const Operand& y, int64_t at, const float* from, int n) {
+  if (y.dtype == DType::f32) narrow_to<float, float>(y.data, at, from, n);
+  else if (y.dtype == DType::bf16) narrow_to<float, bf16>(y.data, at, from, n);
+  else narrow_to<float, f16>(y.data, at, from, n);
+}
+PFM_INLINE void write(const Operand& y, int64_t at, const double* from, int n) {
+  narrow_to<double, double>(y.data, at, from, n);
+}
+
+PFM_INLINE bool stored_as(const Operand& y, float) { return y.dtype == DType::f32; }
+PFM_INLINE bool stored_as(const Operand&, double) { return true; }
+
+// Walks the positions of a row and yields their mapped index.
+struct MapWalker {
+  const IndexMap& map;
+  int64_t digit[kMaxDims];
+  int64_t index = 0;
+
+  static inline __attribute__((always_inline)) MapWalker at(const IndexMap& map, int64_t position) {
+    MapWalker walker{map, {}, 0};
+    for (int d = map.dims - 1; d >= 0; --d) {
+      walker.digit[d] = position % map.size[d];
+      position /= map.size[d];
+      walker.index += walker.digit[d] * map.stride[d];
+    }
+    if (map.dims == 0) walker.index = position;
+    return walker;
+  }
+
+  inline __attribute__((always_inline)) void advance() {
+    if (map.dims == 0) {
+      ++index;
+      return;
+    }
+    for (int d = map.dims - 1; d >= 0; --d) {
+      index += map.stride[d];
+      if (++digit[d] < map.size[d]) return;
+      index -= digit[d] * map.stride[d];
+      digit[d] = 0;
+    }
+  }
+};
+
+template <class A> PFM_INLINE const A* read_mask(const Mask& mask, int64_t row, int64_t position, int n, A* space) {
+  const A* data = static_cast<const A*>(mask.data) + row * mask.row_stride;
+  if (mask.index.dims == 0) return data + position;
+  MapWalker walker = MapWalker::at(mask.index, position);
+  for (int i = 0; i < n; ++i, walker.advance()) space[i] = data[walker.index];
+  return space;
+}
+
+template <class A>
+PFM_INLINE void draw(const CombineParams& p, int64_t row, int64_t position, int n, A* to, float* normal) {
+  const Noise& noise = p.noise;
+  const int64_t group = row / noise.rows_per_sample;
+  const uint64_t sample = static_cast<uint64_t>(noise.sample_ids ? noise.sample_ids[group] : group);
+  const uint64_t seed = noise.seed + (noise.seed_data ? static_cast<uint64_t>(*noise.seed_data) : 0u);
+  const uint32_t stream = noise.stream + (noise.stream_data ? static_cast<uint32_t>(*noise.stream_data) : 0u);
+  const int64_t base = (row % noise.rows_per_sample) * p.columns;
+  if (noise.logical.dims == 0) {
+    const int64_t element = base + position;
+    const int skip = static_cast<int>(element & 3);
+    if (n <= kShortRow) {
+      for (int i = -skip; i < n; i += 4) {
+        float four[4];
+        normals_of_block(seed, sample, stream, static_cast<uint32_t>((element + i) >> 2), four);
+        for (int k = i < 0 ? -i : 0; k < 4 && i + k < n; ++k) to[i + k] = static_cast<A>(four[k]);
+      }
+      return;
+    }
+    for (int i = 0; i < n + skip; i += kNormalRun) {
+      normal_run(seed, sample, stream, static_cast<uint32_t>((element + i) >> 2), normal + i);
+    }
+    for (int i = 0; i < n; ++i) to[i] = static_cast<A>(normal[skip + i]);
+    return;
+  }
+  MapWalker walker = MapWalker::at(noise.logical, position);
+  for (int i = 0; i < n; ++i, walker.advance()) {
+    const int64_t element = base + walker.index;
+    float four[4];
+    normals_of_block(seed, sample, stream, static_cast<uint32_t>(element >> 2), four);
+    to[i] = static_cast<A>(four[element & 3]);
+  }
+}
+
+// ---- one output ---------------------------------------------------------------------------------------------------
+
+// The destination is aligned to 64 bytes (combine.cpp asks for streaming only then).
+PFM_INLINE void store_past_cache(float* to, const Wide<float>::type& v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)v);
+#elif defined(__AVX__)
+  __m256 half[2];
+  memcpy(half, &v, 64);
+  _mm256_stream_ps(to, half[0]);
+  _mm256_stream_ps(to + 8, half[1]);
+#elif defined(__SSE2__)
+  __m128 quarter[4];
+  memcpy(quarter, &v, 64);
+  for (int i = 0; i < 4; ++i) _mm_stream_ps(to + 4 * i, quarter[i]);
+#else
+  memcpy(to, &v, 64);
+#endif
+}
+PFM_INLINE void store_past_cache(double* to, const Wide<double>::type& v) { memcpy(to, &v, 64); }
+
+template <class A, int T, bool Stream>
+PFM_INLINE void combine_terms(A* to, const A* const* terms, const A* coefficients, int n) {
+  using V = typename Wide<A>::type;
+  constexpr int kWidth = 64 / static_cast<int>(sizeof(A));
+  const A* x[T];
+  A c[T];
+  for (int t = 0; t < T; ++t) {
+    x[t] = terms[t];
+    c[t] = coefficients[t];
+  }
+  int i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    V v, sum;
+    memcpy(&v, x[0] + i, 64);
+    sum = c[0] * v;
+    for (int t = 1; t < T; ++t) {
+      memcpy(&v, x[t] + i, 64);
+      sum += c[t] * v;
+    }
+    if (Stream) store_past_cache(to + i, sum);
+    else memcpy(to + i, &sum, 64);
+  }
+  for (; i < n; ++i) {
+    A sum = c[0] * x[0][i];
+    for (int t = 1; t < T; ++t) sum += c[t] * x[t][i];
+    to[i] = sum;
+  }
+}
+
+template <class A, bool Stream>
+PFM_INLINE void combine_chunk(A* to, const A* const* terms, const A* coefficients, int count, int n) {
+  switch (count) {
+    case 0:
+      for (int i = 0; i < n; ++i) to[i] = A(0);
+      break;
+    case 1: combine_terms<A, 1, Stream>(to, terms, coefficients, n); break;
+    case 2: combine_terms<A, 2, Stream>(to, terms, coefficients, n); break;
+    case 3: combine_terms<A, 3, Stream>(to, terms, coefficients, n); break;
+    case 4: combine_terms<A, 4, Stream>(to, terms, coefficients, n); break;
+    case 5: combine_terms<A, 5, Stream>(to, terms, coefficients, n); break;
+    case 6: combine_terms<A, 6, Stream>(to, terms, coefficients, n); break;
+    case 7: combine_terms<A, 7, Stream>(to, terms, coefficients, n); break;
+    case 8: combine_terms<A, 8, Stream>(to, terms, coefficients, n); break;
+    default: combine_terms<A, 9, Stream>(to, terms, coefficients, n); break;
+  }
+}
+
+template <class A>
+PFM_INLINE void combine_masked(A* to, const A* const* terms, const A* a, const A* b, const A* mask, int count, int n) {
+  for (int i = 0; i < n; ++i) to[i] = A(0);
+  for (int t = 0; t < count; ++t) {
+    const A* x = terms[t];
+    const A at = a[t], bt = b[t];
+    for (int i = 0; i < n; ++i) {
+      const A c = at + mask[i] * bt;
+      const A term = c * x[i];
+      to[i] += c == A(0) ? A(0) : term;
+    }
+  }
+}
+
+// ---- reductions ---------------------------------------------------------------------------------------------------
+
+template <class A> PFM_INLINE double fold(const typename Sum<A>::type& lanes) {
+  A lane[kSumLanes];
+  memcpy(lane, &lanes, sizeof lane);
+  for (int width = kSumLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  }
+  return static_cast<double>(lane[0]);
+}
+
+template <class A> PFM_INLINE double dot(const A* x, const A* y, int n) {
+  using V = typename Sum<A>::type;
+  V sum = {}, v, w;
+  int i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    memcpy(&v, x + i, sizeof v);
+    memcpy(&w, y + i, sizeof w);
+    sum += v * w;
+  }
+  for (int lane = 0; i < n; ++i, ++lane) sum[lane] += x[i] * y[i];
+  return fold<A>(sum);
+}
+
+template <class A> PFM_INLINE double total(const A* x, int n) {
+  using V = typename Sum<A>::type;
+  V sum = {}, v;
+  int i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    memcpy(&v, x + i, sizeof v);
+    sum += v;
+  }
+  for (int lane = 0; i < n; ++i, ++lane) sum[lane] += x[i];
+  return fold<A>(sum);
+}
+
+// ---- a run of units -----------------------------------------------------------------------------------------------
+
+PFM_INLINE double factor(const Coefficient& c, int64_t row) {
+  if (!c.vector) return 1.0;
+  return c.vector_is_double ? static_cast<const double*>(c.vector)[row * c.stride]
+                            : static_cast<double>(static_cast<const float*>(c.vector)[row * c.stride]);
+}
+
+template <class A> struct RowTerms {
+  int count[kMaxOutputs];
+  int term[kMaxOutputs][kMaxTerms];  // index into x; kMaxInputs is the noise
+  A a[kMaxOutputs][kMaxTerms], b[kMaxOutputs][kMaxTerms];
+  bool needed[kMaxTerms];
+};
+
+template <class A> PFM_INLINE void form_terms(const CombineParams& p, int64_t row, RowTerms<A>& terms) {
+  for (int j = 0; j <= kMaxInputs; ++j)
+    terms.needed[j] = p.cross && (j < p.inputs || (j == kMaxInputs && p.noise.present));
+  for (int k = 0; k < p.outputs; ++k) {
+    int count = 0;
+    for (int j = 0; j <= kMaxInputs; ++j) {
+      if (j == kMaxInputs ? !p.noise.present : j >= p.inputs) continue;
+      const Coefficient &ca = p.a[k][j], &cb = p.b[k][j];
+      const A a = ca.scalar == 0.0 ? A(0) : static_cast<A>(ca.scalar * factor(ca, row));
+      const A b = !p.mask.data || cb.scalar == 0.0 ? A(0) : static_cast<A>(cb.scalar * factor(cb, row));
+      if (a == A(0) && b == A(0)) continue;
+      terms.term[k][count] = j;
+      terms.a[k][count] = a;
+      terms.b[k][count] = b;
+      terms.needed[j] = true;
+      ++count;
+    }
+    terms.count[k] = count;
+  }
+}
+
+template <class A>
+void combine_unit(const CombineParams& p, const CombinePlan& plan, const RowTerms<A>& terms, int64_t row, int64_t begin,
+                  int64_t end, double* partial, Scratch<A>& scratch) {
+  for (int64_t position = begin; position < end; position += kChunk) {
+    const int n = static_cast<int>(end - position < kChunk ? end - position : kChunk);
+    const A* x[kMaxTerms] = {};
+    for (int j = 0; j < p.inputs; ++j) {
+      if (terms.needed[j]) x[j] = read(p.x[j], row * p.x[j].row_stride + position, n, scratch.x[j]);
+    }
+    if (terms.needed[kMaxInputs]) {
+      draw(p, row, position, n, scratch.x[kMaxInputs], scratch.normal);
+      x[kMaxInputs] = scratch.x[kMaxInputs];
+    }
+    const A* mask = p.mask.data ? read_mask(p.mask, row, position, n, scratch.mask) : nullptr;
+
+    const A* y[kMaxOutputs];
+    for (int k = 0; k < p.outputs; ++k) {
+      const Operand& out = p.y[k];
+      const int64_t at = row * out.row_stride + position;
+      const bool direct = out.data && stored_as(out, A(0)) && !plan.stage[k] && !p.clamp[k] && !mask;
+      A* to = direct ? static_cast<A*>(out.data) + at : scratch.y[k];
+      const A* term[kMaxTerms];
+      for (int t = 0; t < terms.count[k]; ++t) term[t] = x[terms.term[k][t]];
+      if (mask) combine_masked(to, term, terms.a[k], terms.b[k], mask, terms.count[k], n);
+      else if (direct && plan.stream[k]) combine_chunk<A, true>(to, term, terms.a[k], terms.count[k], n);
+      else combine_chunk<A, false>(to, term, terms.a[k], terms.count[k], n);
+      if (p.clamp[k]) {
+        const A low = static_cast<A>(p.low[k]), high = static_cast<A>(p.high[k]);
+        for (int i = 0; i < n; ++i) to[i] = to[i] < low ? low : to[i] > high ? high : to[i];
+      }
+      y[k] = to;
+      if (out.data && !direct && !plan.stage[k]) write(out, at, to, n);
+    }
+    for (int k = 0; k < p.outputs; ++k) {
+      if (p.y[k].data && plan.stage[k]) write(p.y[k], row * p.y[k].row_stride + position, y[k], n);
+    }
+
+    if (!partial) continue;
+    double* sum = partial;
+    if (p.gram) {
+      for (int k = 0; k < p.outputs; ++k) {
+        for (int l = k; l < p.outputs; ++l) *sum++ += dot(y[k], y[l], n);
+      }
+    }
+    if (p.cross) {
+      for (int k = 0; k < p.outputs; ++k) {
+        for (int j = 0; j < p.inputs; ++j) *sum++ += dot(y[k], x[j], n);
+        if (p.noise.present) *sum++ += dot(y[k], x[kMaxInputs], n);
+      }
+    }
+    if (p.sums) {
+      for (int k = 0; k < p.outputs; ++k) *sum++ += total(y[k], n);
+    }
+  }
+}
+
+template <class A>
+void run(const CombineParams& p, const CombinePlan& plan, int64_t first_unit, int64_t last_unit) {
+  Scratch<A> scratch;
+  RowTerms<A> terms;
+  int64_t formed = -1;
+  for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+    const int64_t row = unit / plan.units_per_row;
+    const int64_t begin = (unit % plan.units_per_row) * plan.columns_per_unit;
+    const int64_t end = begin + plan.columns_per_unit < p.columns ? begin + plan.columns_per_unit : p.columns;
+    if (row != formed) form_terms(p, row, terms);
+    formed = row;
+    combine_unit(p, plan, terms, row, begin, end, plan.partials ? plan.partials + unit * plan.reductions : nullptr,
+                 scratch);
+  }
+}
+
+}  // namespace
+
+void combine_units(const CombineParams& p, const CombinePlan& plan, int64_t first_unit, int64_t last_unit) {
+  bool wide = false;
+  for (int j = 0; j < p.inputs; ++j) wide |= p.x[j].dtype == DType::f64;
+  for (int k = 0; k < p.outputs; ++k) wide |= p.y[k].dtype == DType::f64;
+  if (wide) run<double>(p, plan, first_unit, last_unit);
+  else run<float>(p, plan, first_unit, last_unit);
+#if defined(__SSE2__)
+  for (int k = 0; k < p.outputs; ++k) {
+    if (plan.stream[k]) {
+      _mm_sfence();
+      break;
+    }
+  }
+#endif
+}
+
+}  // namespace pyflowmap::PYFLOWMAP_ISA

@@ -1,0 +1,41 @@
+"""Fused kernels and exact JVPs for flow maps: MeanFlow, consistency, self-distillation; any torch model, your own loop."""
+
+import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
+
+from pyflowmap import guidance, interpolants, nn, objectives, ops, solvers, times, training, weights
+from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
+from pyflowmap.checkpoint import load
+from pyflowmap.flow_map import FlowMap
+from pyflowmap.installation import build_config
+from pyflowmap.sampling import sample
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # the algebra
+    "lazy",
+    "noise",
+    "evaluate",
+    "inner",
+    "per_sample",
+    "Lazy",
+    # fused operations
+    "ops",
+    # models
+    "FlowMap",
+    "load",
+    "nn",
+    "interpolants",
+    "times",
+    "weights",
+    # generating
+    "sample",
+    "solvers",
+    "guidance",
+    # learning
+    "objectives",
+    "training",
+    # what is installed
+    "build_config",
+    "__version__",
+]

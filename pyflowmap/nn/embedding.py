@@ -1,0 +1,55 @@
+"""Two times and a class label as one vector."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["sinusoidal", "Embedding"]
+
+
+def sinusoidal(t: Tensor, channels: int, highest: float = 100.0, lowest: float = 0.1) -> Tensor:
+    """[cos(w t), sin(w t)] with frequencies w from `highest` to `lowest`, geometric. (B,) -> (B, channels), float32.
+
+    The angles are float32 whatever the network's dtype: in bfloat16 w t is off by up to 0.4 radians at w = 100. The
+    highest frequency also scales every time derivative of the network, so it is kept small: 1000 ruins JVP objectives.
+    """
+    half = channels // 2
+    exponent = torch.arange(half, device=t.device, dtype=torch.float32) / max(half - 1, 1)
+    frequency = highest * torch.exp(exponent * math.log(lowest / highest))
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class Embedding(nn.Module):
+    """e = W silu(W_s f(s) + W_d f(t - s) + E[label]), then silu: (B, channels).
+
+    The network sees s and the span t - s (Boffi et al. 2025): on the diagonal the second is a constant.
+    `labels` classes, and one more, index `labels`, that means "no label".
+    """
+
+    def __init__(self, channels: int, labels: int, time_channels: int = 64):
+        super().__init__()
+        self.labels, self.time_channels = labels, time_channels
+        self.start = nn.Linear(time_channels, channels)
+        self.span = nn.Linear(time_channels, channels, bias=False)
+        self.label = nn.Embedding(labels + 1, channels) if labels else None
+        self.mix = nn.Linear(channels, channels)
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.5)
+
+    def forward(self, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        dtype = self.start.weight.dtype
+        e = self.start(sinusoidal(s, self.time_channels).to(dtype)) + self.span(
+            sinusoidal(t - s, self.time_channels).to(dtype)
+        )
+        if self.label is not None:
+            if label is None:
+                label = torch.full(s.shape, self.labels, device=s.device)
+            e = e + self.label(label)
+        elif label is not None:
+            raise ValueError("label given to a network built without labels; set labels= in its config")
+        silu = torch.nn.functional.silu
+        return silu(self.mix(silu(e)))

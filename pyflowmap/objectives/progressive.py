@@ -1,0 +1,113 @@
+"""Progressive self-distillation (PSD): two short jumps teach one long jump."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import times as time_laws
+from .. import weights
+from ..algebra import evaluate, inner, lazy
+from ..flow_map import FlowMap
+from .loss import Loss, check_batch, frozen_teacher
+
+__all__ = ["progressive"]
+
+_mean_square = weights.constant()
+
+
+def progressive(
+    flow_map: FlowMap,
+    x1: Tensor,  # (B, ...) data
+    *,
+    x0: Tensor | None = None,  # (B, ...) noise; drawn in the kernel where not given
+    condition: Mapping[str, Any] | None = None,
+    times: Callable[..., tuple[Tensor, Tensor]] = time_laws.uniform_pair,
+    weight: Callable = _mean_square,
+    teacher: FlowMap | None = None,
+    diagonal: float = 0.75,
+    split: str = "midpoint",
+    seed: int | None = None,
+) -> Loss:
+    """Flow matching on the diagonal and the semigroup X_{s,t} = X_{r,t} o X_{s,r} off it, in one run from scratch.
+
+        diagonal      || u_{t,t}(x_t) - dx_t/dt ||^2
+        off-diagonal  || u_{s,t}(x_s) - sg[ (1-g) u_{s,r}(x_s) + g u_{r,t}(X_{s,r}(x_s)) ] ||^2,   r = g s + (1-g) t
+
+    Boffi, Albergo & Vanden-Eijnden 2025, "PSD": split="midpoint" is PSD-M (g = 1/2), "uniform" PSD-U (g ~ U(0,1)).
+
+    times     law of (s, t), s <= t; the diagonal rows use its s
+    diagonal  expected share of flow-matching rows, the first of the batch; below about 0.75 the semigroup term can find
+              its trivial solution. A share that is no whole number of rows is rounded at random, so it holds at any B
+    teacher   default: the network itself, without gradient and with dropout off
+    weight    of one's own or from `pyflowmap.weights`, e.g. `learned()`
+
+    Network evaluations: one of B rows with gradient, two of the off-diagonal rows without.
+    Errors: TypeError, ValueError for data, shares and splits out of range.
+    """
+    check_batch(x1, x0)
+    if split not in ("midpoint", "uniform"):
+        raise ValueError(f'split = {split!r}; it is "midpoint" (PSD-M) or "uniform" (PSD-U)')
+    if not 0.0 <= diagonal <= 1.0:
+        raise ValueError(f"diagonal = {diagonal}; it is a share of the batch, e.g. 0.75")
+    condition = dict(condition or {})
+    rows, size = x1.shape[0], x1[0].numel()
+    n = _whole(diagonal * rows, seed)
+
+    s, t = times(x1) if seed is None else times(x1, seed=seed)
+    t = torch.cat([s[:n], t[n:]])
+    x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
+    output = flow_map.output(x, s, t, condition)
+
+    errors = []
+    if n > 0:
+        u = flow_map.as_mean_velocity(output[:n], x[:n], s[:n], t[:n])
+        errors.append(inner(u - lazy(velocity[:n])))
+    if n < rows:
+        target = _target(teacher or flow_map, x[n:], s[n:], t[n:], _rows(condition, n, rows), split, seed)
+        u = flow_map.as_mean_velocity(output[n:], x[n:], s[n:], t[n:])
+        errors.append(inner(u - lazy(target)))
+    error = torch.cat(errors)
+
+    raw = error.detach() / size
+    parts = {"flow_matching": raw[:n].mean()} if n > 0 else {}
+    if n < rows:
+        parts["progressive"] = raw[n:].mean()
+    return Loss(weight(error, s=s, t=t, size=size), raw, parts)
+
+
+def _target(teacher: FlowMap, x: Tensor, s: Tensor, t: Tensor, condition: dict, split: str, seed: int | None) -> Tensor:
+    """(1-g) u_{s,r}(x) + g u_{r,t}(X_{s,r}(x)), without gradient."""
+    with frozen_teacher(teacher.network):
+        if split == "midpoint":
+            g = 0.5
+        else:
+            generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + 1)
+            g = torch.rand(s.shape, device=x.device, generator=generator)
+        r = g * s + (1.0 - g) * t
+        first = teacher.output(x, s, r, condition)
+        middle = evaluate(teacher.as_jump(first, x, s, r))
+        second = teacher.output(middle, r, t, condition)
+        return evaluate(
+            (1.0 - g) * teacher.as_mean_velocity(first, x, s, r) + g * teacher.as_mean_velocity(second, middle, r, t)
+        )
+
+
+def _rows(condition: dict, n: int, rows: int) -> dict:
+    """The condition of the rows from n on; what has no row per sample is shared."""
+    return {
+        key: value[n:] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
+        for key, value in condition.items()
+    }
+
+
+def _whole(expected: float, seed: int | None) -> int:
+    """`expected` rounded up or down at random so that its mean is kept: host only, no sync."""
+    low = int(expected)
+    if expected == low:
+        return low
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return low + int(torch.rand((), generator=generator).item() < expected - low)

@@ -1,0 +1,149 @@
+"""The specification in plain torch: what every kernel computes, without a thought for speed.
+
+Tests run it in float64; `PYFLOWMAP_BACKEND=reference` runs the whole library on it, so that any doubt about a kernel
+can be settled by running again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Coefficient = float | Tensor | tuple[float, Tensor | None]
+
+
+class Noise(NamedTuple):
+    """A field of normal numbers, named by what it depends on and never stored.
+
+    The number at a place is a function of (`seed`, sample id, `stream`, element), nothing else: `seed` and `stream` are
+    ints or int64 tensors of one element on the operands' device; `sample_ids` (int64, one per sample) defaults to
+    0, 1, 2, ...; a sample spans the first `sample_dims` dimensions.
+    """
+
+    seed: int | Tensor
+    stream: int | Tensor = 0
+    sample_ids: Tensor | None = None
+    sample_dims: int = 1
+
+
+class Combined(NamedTuple):
+    """What `combine` returns when inner products are asked for."""
+
+    outputs: tuple[Tensor, ...]
+    gram: Tensor | None = None  # (*leading, K, K)
+    cross: Tensor | None = None  # (*leading, K, J (+ 1 with noise))
+    sums: Tensor | None = None  # (*leading, K)
+
+
+def per_row(vector: Tensor, ndim: int) -> Tensor:
+    """`vector` with trailing axes of size 1, so that it broadcasts against `ndim` dimensions from the left."""
+    return vector.reshape(vector.shape + (1,) * (ndim - vector.ndim))
+
+
+def coefficient(c: Coefficient, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One coefficient as a tensor that broadcasts against an operand: formed in float64, rounded once to `dtype`."""
+    scalar, vector = c if isinstance(c, tuple) else (1.0, c) if isinstance(c, Tensor) else (float(c), None)
+    if vector is None:
+        return torch.tensor(scalar, dtype=torch.float64, device=device).to(dtype)
+    return (scalar * per_row(vector, ndim).to(torch.float64)).to(dtype)
+
+
+def combine(
+    inputs: Sequence[Tensor],  # J tensors of one shape (*leading, *event)
+    coefficients: Sequence[Sequence[Coefficient]],  # K rows of J numbers, one more with noise
+    *,
+    leading: int = 1,
+    noise: Noise | None = None,
+    mask: tuple[Tensor, Sequence[Sequence[Coefficient]]] | None = None,
+    clamp: Sequence[tuple[float, float] | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    like: Tensor | None = None,
+    gram: bool = False,
+    cross: bool = False,
+    sums: bool = False,
+) -> Combined:
+    """Row-wise linear combinations and their inner products; the contract is in csrc/combine/combine.h.
+
+    Y[k, r] = clamp(sum_j C[k, j, r] X[j, r] + C[k, J, r] N[r]), with C = A, or A + mask * B.
+    A term whose coefficient is exactly zero contributes nothing, whatever its operand holds.
+    """
+    first = inputs[0] if inputs else like
+    if first is None:
+        raise ValueError("combine: without inputs, like= must give the shape")
+    arithmetic = torch.float64 if any(x.dtype == torch.float64 for x in inputs or (first,)) else torch.float32
+    terms = [x.to(arithmetic) for x in inputs]
+    if noise is not None:
+        terms.append(normal(noise, first.shape, first.device).to(arithmetic))
+    zero = torch.zeros((), dtype=arithmetic, device=first.device)
+
+    values = []
+    for k, row in enumerate(coefficients):
+        y = torch.zeros(first.shape, dtype=arithmetic, device=first.device)
+        for j, term in enumerate(terms):
+            c = coefficient(row[j], first.ndim, arithmetic, first.device)
+            if mask is not None:
+                c = c + mask[0].to(arithmetic) * coefficient(mask[1][k][j], first.ndim, arithmetic, first.device)
+            y = y + torch.where(c == 0, zero, c * term)
+        if clamp is not None and clamp[k] is not None:
+            low, high = clamp[k]  # type: ignore[misc]
+            y = torch.where(y < low, low, torch.where(y > high, high, y))
+        values.append(y)
+
+    lead = first.shape[:leading]
+    flat = [v.reshape(*lead, -1) for v in values]
+    flat_terms = [x.reshape(*lead, -1) for x in terms]
+    products = lambda a, b: torch.stack([torch.stack([(u * v).sum(-1) for v in b], -1) for u in a], -2)  # noqa: E731
+    return Combined(
+        tuple(v if dtypes is None else v.to(dtypes[k]) for k, v in enumerate(values)),
+        products(flat, flat) if gram else None,
+        products(flat, flat_terms) if cross else None,
+        torch.stack([v.sum(-1) for v in flat], -1) if sums else None,
+    )
+
+
+def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    low = 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # wraps modulo 2^64: the bits are those of the unsigned product
+        c0, c1, c2, c3 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return [c0, c1, c2, c3]
+
+
+def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The field `noise` as float64 numbers of `shape`: exact Box-Muller of the words in csrc/common/philox.h.
+
+    normal[4i + 0, 1] = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32), likewise [4i + 2, 3] from w2 and w3,
+    u(w) = (w >> 1) 2^-31 + 2^-32. Kernels agree to about 1e-6 (float32 arithmetic) and with one another in bits.
+    """
+    low = 0xFFFFFFFF
+    samples = math.prod(shape[: noise.sample_dims])
+    elements = math.prod(shape[noise.sample_dims :])
+    whole = lambda value: (  # noqa: E731
+        value.to(device=device, dtype=torch.int64).reshape(())
+        if isinstance(value, Tensor)
+        else torch.tensor((int(value) + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    )
+    seed, stream = whole(noise.seed), whole(noise.stream)
+    ids = torch.arange(samples, device=device) if noise.sample_ids is None else noise.sample_ids.reshape(-1).to(device)
+    block = torch.arange((elements + 3) // 4, device=device)
+    ids, block = ids[:, None], block[None, :]
+    zeros = torch.zeros_like(ids + block)
+    words = philox(
+        [block + zeros, (ids & low) + zeros, ((ids >> 32) & low) + zeros, (stream & low) + zeros],
+        (seed & low, (seed >> 32) & low),
+    )
+    normals = []
+    for a, b in ((words[0], words[1]), (words[2], words[3])):
+        u = (a >> 1).double() * 2.0**-31 + 2.0**-32
+        radius = (-2.0 * u.clamp(max=1.0).log()).sqrt()
+        turn = 2.0 * math.pi * (b.double() / 2.0**32)
+        normals += [radius * turn.cos(), radius * turn.sin()]
+    return torch.stack(normals, -1).reshape(samples, -1)[:, :elements].reshape(tuple(shape))

@@ -1,0 +1,308 @@
+"""Solvers and the driver: orders of convergence, exact solutions, memory, buffers, grids, errors."""
+
+import pytest
+import torch
+from oracles import MIXTURE_FLOW, Gaussian, Mixture, slope
+
+from pyflowmap import solvers
+from pyflowmap.algebra import Lazy, evaluate, lazy
+from pyflowmap.flow_map import FlowMap
+from pyflowmap.guidance import cfg
+from pyflowmap.sampling import sample
+
+ORACLE = Gaussian()
+FLOW = FlowMap(ORACLE.mean_velocity)
+
+
+def uniform(n, start=0.0, end=1.0):
+    return [start + (end - start) * k / n for k in range(n + 1)]
+
+
+def ab2(velocity, x, s, t, old):
+    v, h = velocity(x, s), t - s
+    return (x + h * v if old is None else x + h * (1.5 * v - 0.5 * old)), v
+
+
+def ab3(velocity, x, s, t, memory):  # memory is a tuple that shifts
+    v, h = velocity(x, s), t - s
+    if memory is None:
+        return x + h * velocity(x + h / 2 * v, s + h / 2), (v, None, 1)
+    old, older, count = memory
+    if older is None:
+        return x + h * (1.5 * v - 0.5 * old), (v, old, count + 1)
+    return x + h / 12 * (23.0 * v - 16.0 * old + 5.0 * older), (v, old, count + 1)
+
+
+@pytest.mark.parametrize(("solver", "order"), [(solvers.euler, 1), (solvers.heun, 2), ("ab2", 2), ("ab3", 3)])
+def test_order_of_convergence(solver, order):
+    start, end = (torch.tensor([values], dtype=torch.float64) for values in MIXTURE_FLOW)
+    steps = [40, 80, 160, 320] if order < 3 else [20, 40, 80, 160]
+
+    def run(grid):
+        if isinstance(solver, str):
+            return solvers.integrate(
+                {"ab2": ab2, "ab3": ab3}[solver], lambda x, t: lazy(Mixture().velocity(x, t)), start, grid
+            )
+        return solver(Mixture().velocity, start, grid)
+
+    errors = [float((run(uniform(n, 0.05, 0.95)) - end).abs().max()) for n in steps]
+    assert slope([1 / n for n in steps], errors) == pytest.approx(order, abs=0.2 if order < 3 else 0.4)
+
+
+def test_declared_orders_and_evaluations():
+    assert {n: (s.order, s.nfe, s.takes) for n, s in solvers.named.items()} == {
+        "euler": (1, 1, "velocity"), "heun": (2, 2, "velocity"), "flow_map": (None, 1, "jump"),
+    }  # fmt: skip
+    for name, each in solvers.named.items():
+        calls = []
+        fm = FlowMap(lambda x, s, t, calls=calls: calls.append(1) or 0 * x)
+        sample(fm, torch.zeros(1, 2), steps=3, solver=name)
+        assert len(calls) == 3 * each.nfe
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_an_exact_flow_map_needs_any_number_of_steps(steps):
+    x0 = torch.randn(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(sample(FLOW, x0, steps), ORACLE.jump(x0, 0.0, 1.0), rtol=1e-6, atol=1e-6)
+
+
+def test_backward_grid_inverts():
+    x0 = torch.randn(6, 3, dtype=torch.float64)
+    x1 = sample(FLOW, x0, 5)
+    torch.testing.assert_close(sample(FLOW, x1, grid=[1.0, 0.6, 0.1, 0.0]), x0, rtol=1e-5, atol=1e-5)
+    there = sample(FLOW, x0, grid=uniform(200), solver="heun")
+    back = sample(FLOW, there, grid=uniform(200)[::-1], solver="heun")
+    torch.testing.assert_close(back, x0, rtol=1e-4, atol=1e-4)
+
+
+def test_the_verb_and_the_solver_drive_the_same_step_bit_for_bit():
+    x0 = torch.randn(6, 3)
+    for name in ("euler", "heun"):
+        direct = getattr(solvers, name)(lambda x, t: FLOW.velocity(x, t), x0, uniform(5))
+        assert torch.equal(direct, sample(FLOW, x0, 5, solver=name))
+        assert torch.equal(direct, sample(FLOW, x0, 5, solver=solvers.named[name]))
+        assert torch.equal(direct, sample(FLOW, x0, 5, solver=solvers.named[name].step))
+    assert torch.equal(solvers.flow_map(FLOW.jump, x0, uniform(3)), sample(FLOW, x0, 3))
+
+
+def test_heun_by_hand_in_float32():
+    x0 = torch.randn(4, 3)
+    x, grid = x0, uniform(4)
+    for s, t in zip(grid, grid[1:]):
+        k1 = -x
+        k2 = -(x + (t - s) * k1)
+        x = x + (t - s) / 2 * (k1 + k2)
+    torch.testing.assert_close(solvers.heun(lambda x, t: -x, x0, grid), x)
+
+
+def test_a_solver_of_ones_own():
+    x0 = torch.randn(6, 3, dtype=torch.float64)
+    by_hand, old, grid = x0, None, uniform(8)
+    for s, t in zip(grid, grid[1:]):
+        v = FLOW.velocity(by_hand, s)
+        by_hand = by_hand + (t - s) * (v if old is None else 1.5 * v - 0.5 * old)
+        old = v
+    torch.testing.assert_close(sample(FLOW, x0, 8, solver=ab2), by_hand, rtol=1e-12, atol=1e-12)
+
+
+# ---- the driver --------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_is_never_written_and_networks_may_return_their_input():
+    x0 = torch.randn(3, 4)
+    kept = x0.clone()
+    for step in (solvers.euler.step, solvers.heun.step, ab2, ab3):
+        same = solvers.integrate(step, lambda x, t: lazy(x), x0, uniform(6))
+        fresh = solvers.integrate(step, lambda x, t: lazy(x.clone()), x0, uniform(6))
+        torch.testing.assert_close(same, fresh)
+        assert torch.equal(x0, kept)
+
+
+def test_the_loop_allocates_once(monkeypatch):
+    outs = []
+    from pyflowmap.solvers import driver
+
+    def spy(*combinations, out=None, dtype=None):
+        outs.append([each.data_ptr() for each in (out if isinstance(out, tuple) else (out,))])
+        return evaluate(*combinations, out=out, dtype=dtype)
+
+    monkeypatch.setattr(driver, "evaluate", spy)
+    solvers.integrate(ab2, lambda x, t: lazy(-x), torch.randn(3, 4), uniform(10))
+    assert len(outs) == 10  # one launch per step: state and memory together
+    assert len({pointer for pair in outs for pointer in pair}) == 4  # two rings of two
+    outs.clear()
+    solvers.integrate(solvers.heun.step, lambda x, t: lazy(-x), torch.randn(3, 4), uniform(10))
+    assert len(outs) == 20 and len({p for pair in outs for p in pair}) == 4
+
+
+def test_callback_keeps_its_states_and_sees_the_grid():
+    records = []
+    x0 = torch.randn(3, 4)
+    grid = [0.0, 0.2, 0.5, 1.0]
+    end = sample(FLOW, x0, grid=grid, solver="heun", callback=records.append)
+    states = sample(FLOW, x0, grid=grid, solver="heun", trajectory=True)
+    assert [(r["step"], r["s"], r["t"], r["nfe"]) for r in records] == [
+        (1, 0.0, 0.2, 2),
+        (2, 0.2, 0.5, 4),
+        (3, 0.5, 1.0, 6),
+    ]
+    assert states.shape == (4, 3, 4) and torch.equal(states[0], x0) and torch.equal(states[-1], end)
+    for record, state in zip(records, states[1:]):
+        assert torch.equal(record["x"], state)
+
+
+@pytest.mark.parametrize("trajectory", [False, True])
+def test_gradients_through_sampling(trajectory):
+    w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x0 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    fm = FlowMap(lambda x, s: w * x, prediction="velocity")
+    out = sample(fm, x0, 4, solver="heun", grad=True, trajectory=trajectory)
+    (out[-1] if trajectory else out).sum().backward()
+    h = 0.25
+    factor = 1 + h * 0.7 + (h * 0.7) ** 2 / 2  # of one Heun step on x' = w x
+    slope_ = 4 * factor**3 * (h + h * h * 0.7) * float(x0.detach().sum())
+    torch.testing.assert_close(x0.grad, torch.full_like(x0, factor**4), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(w.grad, torch.tensor(slope_, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert not sample(fm, x0, 4, solver="heun").requires_grad
+
+
+def test_seed_and_sample_ids():
+    whole = sample(FLOW, (8, 5), 2, seed=3)
+    ids = torch.tensor([6, 0, 3])
+    assert torch.equal(sample(FLOW, (3, 5), 2, seed=3, sample_ids=ids), whole[ids])
+    assert torch.equal(whole, sample(FLOW, (8, 5), 2, seed=3)) and not torch.equal(
+        whole, sample(FLOW, (8, 5), 2, seed=4)
+    )
+    assert not torch.equal(sample(FLOW, (8, 5), 2), sample(FLOW, (8, 5), 2))  # no constant seed
+    assert whole.dtype == torch.float32
+
+
+def test_empty_batch():
+    assert sample(FLOW, (0, 5), 2, seed=0).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("solver", "where"), [("flow_map", "step 3 of 4"), ("euler", "step 3 of 4"), ("heun", "step 2 of 4")]
+)
+def test_nan_is_reported_with_its_step(solver, where):
+    def network(x, s, t):  # bad from t = 0.5 on; Heun looks there one step earlier
+        return torch.where(s.reshape(-1, 1) >= 0.5, torch.nan, 1.0) * torch.ones_like(x)
+
+    with pytest.raises(FloatingPointError, match=where):
+        sample(FlowMap(network), torch.zeros(2, 3), 4, solver=solver)
+    with pytest.raises(FloatingPointError, match="before the first step"):
+        sample(FLOW, torch.full((2, 3), torch.inf), 4)
+
+
+GOOD = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: sample(FLOW, GOOD, 0), ValueError, "steps = 0"),
+        (lambda: sample(FLOW, GOOD, True), ValueError, "steps = True"),
+        (lambda: sample(FLOW, GOOD, grid=[0.0]), ValueError, "at least two"),
+        (lambda: sample(FLOW, GOOD, grid=[0.0, 0.5, 0.5]), ValueError, "strictly monotone"),
+        (lambda: sample(FLOW, GOOD, grid=[0.0, 0.6, 0.5]), ValueError, "strictly monotone"),
+        (lambda: sample(FLOW, GOOD, grid=[0.0, float("nan")]), ValueError, "contains nan"),
+        (lambda: sample(FLOW, GOOD, grid=[0.0, 2.0]), ValueError, r"contains 2"),
+        (lambda: sample(FLOW, GOOD, solver="rk45"), ValueError, "'rk45'.*heun"),
+        (lambda: sample(FLOW, GOOD, solver=3), TypeError, "solver is int"),
+        (lambda: sample(lambda x: x, GOOD), TypeError, "pfm.FlowMap"),
+        (lambda: sample(FLOW, GOOD.long()), TypeError, "int64"),
+        (lambda: sample(FLOW, GOOD, seed=3), ValueError, "seed = 3"),
+        (lambda: sample(FLOW, (2, -3)), ValueError, r"\(2, -3\)"),
+        (lambda: sample(FLOW, GOOD, condition={"label": torch.zeros(3)}), ValueError, "'label' has 3 rows"),
+        (lambda: sample(FLOW, GOOD, guidance=3.0), TypeError, "pfm.guidance.cfg"),
+        (lambda: sample(FLOW, GOOD, cuda_graph=True), ValueError, "CUDA"),
+        (lambda: sample(FLOW, GOOD, solver=lambda v, x, s, t, m: (GOOD, m)), TypeError, "lazy combination"),
+    ],
+)
+def test_bad_arguments(call, error, words):
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+# ---- guidance ----------------------------------------------------------------------------------------------------
+
+
+def labelled(x, s, t, label):
+    """A velocity that is the label: 10 means none."""
+    return torch.where(label == 10, 1.0, 2.0 + label.double()).reshape(-1, 1).expand_as(x).to(x)
+
+
+LABEL = torch.tensor([0, 3])
+
+
+@pytest.mark.parametrize("solver", ["flow_map", "euler", "heun"])
+@pytest.mark.parametrize("batched", [True, False])
+def test_cfg_by_hand(solver, batched):
+    guide = cfg(3.0, null={"label": 10}, batched=batched)
+    out = sample(FlowMap(labelled), torch.zeros(2, 3), 4, solver=solver, condition={"label": LABEL}, guidance=guide)
+    expected = 1.0 + 3.0 * (2.0 + LABEL.float() - 1.0)  # null + w (cond - null), integrated over [0, 1]
+    torch.testing.assert_close(out, expected[:, None].expand(2, 3))
+
+
+def test_cfg_is_the_same_on_every_prediction():
+    """At one (x, t) all predictions are affine in each other, so guidance commutes with the conversion."""
+    x, outs = torch.randn(2, 3, dtype=torch.float64), []
+    for kind in ("velocity", "data", "noise"):
+
+        def network(x, s, label, kind=kind):
+            velocity = (label.double() + 1).reshape(-1, 1) * x.tanh()
+            return {"velocity": velocity, "data": x + 0.75 * velocity, "noise": x - 0.25 * velocity}[kind]
+
+        fm = FlowMap(network, prediction=kind)
+        guide = cfg(2.0, null={"label": 10})
+        outs.append(sample(fm, x, grid=[0.25, 0.5], solver="euler", condition={"label": LABEL}, guidance=guide))
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outs[0], outs[2], rtol=1e-6, atol=1e-6)
+
+
+def test_interval_and_scale_one_cost_one_evaluation():
+    rows = []
+
+    def network(x, s, t, label):
+        rows.append(len(x))
+        return labelled(x, s, t, label)
+
+    options = {"steps": 4, "condition": {"label": LABEL}}
+    sample(FlowMap(network), torch.zeros(2, 3), guidance=cfg(3.0, null={"label": 10}, interval=(0.2, 0.6)), **options)
+    assert rows == [2, 4, 4, 2]  # starts 0, .25, .5, .75; two conditions in one call of twice the rows
+    rows.clear()
+    sample(FlowMap(network), torch.zeros(2, 3), guidance=cfg(1.0, null={"label": 10}), **options)
+    assert rows == [2, 2, 2, 2]
+
+
+def test_guidance_stays_unevaluated():
+    guide = cfg(3.0, null={"label": 10})
+    made = guide(
+        lambda x, s, t, conditions, batched: [lazy(x), lazy(2 * x)], torch.ones(2, 3), 0.0, 1.0, {"label": LABEL}
+    )
+    assert isinstance(made, Lazy)
+    torch.testing.assert_close(evaluate(made), torch.full((2, 3), -1.0))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: cfg(float("nan"), null={"label": 10}), "scale = nan"),
+        (lambda: cfg(2.0), "name the condition"),
+        (lambda: cfg(2.0, null={"label": 10}, interval=(0.8, 0.2)), "lower time"),
+        (lambda: sample(FLOW, GOOD, guidance=cfg(2.0, null={"label": 10})), "null names 'label'"),
+        (
+            lambda: sample(
+                FlowMap(lambda x, s, t, text: x),
+                GOOD,
+                condition={"text": "a cat"},
+                guidance=cfg(2.0, null={"text": ""}),
+            ),
+            "batched=False",
+        ),
+    ],
+)
+def test_bad_guidance(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
