@@ -1,4 +1,4 @@
-# Compiler flags of every host target (pyflowmap_flags), and the instruction sets a CPU kernel is compiled for.
+# Compiler flags of every host target (pyflowmap_flags, pyflowmap_instrumented), and the instruction sets a CPU kernel is compiled for.
 
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
@@ -41,10 +41,13 @@ if(openmp AND OpenMP_CXX_FOUND)
 endif()
 
 # ---- sanitizers -----------------------------------------------------------------------------------------------------
+# Everything but the emulator's own bookkeeping, which is not part of the program it emulates: csrc/simt/sanitizer.h.
+add_library(pyflowmap_instrumented INTERFACE)
+target_link_libraries(pyflowmap_instrumented INTERFACE pyflowmap_flags)
 if(PYFLOWMAP_SANITIZE)
   set(sanitize -fsanitize=${PYFLOWMAP_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
-  target_compile_options(pyflowmap_flags INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${sanitize};-O1>")
-  target_link_options(pyflowmap_flags INTERFACE ${sanitize})
+  target_compile_options(pyflowmap_instrumented INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${sanitize};-O1>")
+  target_link_options(pyflowmap_instrumented INTERFACE ${sanitize})
 endif()
 if(NOT APPLE)
   target_link_options(pyflowmap_flags INTERFACE -Wl,--exclude-libs,ALL -Wl,--as-needed)
@@ -72,7 +75,7 @@ function(pyflowmap_isa_objects target source)
   foreach(isa IN LISTS PYFLOWMAP_ISAS)
     set(object ${name}_${isa})
     add_library(${object} OBJECT ${source})
-    target_link_libraries(${object} PRIVATE pyflowmap_flags)
+    target_link_libraries(${object} PRIVATE pyflowmap_instrumented)
     target_compile_definitions(${object} PRIVATE PYFLOWMAP_ISA=${isa})
     target_compile_options(${object} PRIVATE ${PYFLOWMAP_ISA_FLAGS_${isa}})
     if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)  # its own AVX-512 headers read a variable that is never set (GCC bug 105593)

@@ -24,7 +24,7 @@ from pyflowmap.reference import Noise, per_row
 
 Scalar = Any  # float, 0-d tensor, tensor of leading dimensions
 
-_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch.compiler.is_dynamo_compiling
 _empty_like = torch.empty_like
 
 
@@ -123,20 +123,9 @@ class Lazy:
                 return NotImplemented
             other = lazy(other)
         mine, theirs = self.operands, other.operands
-        if len(theirs) == 1 and theirs[0] not in _identity(mine):
-            operands, coefficients, versions = (
-                mine + theirs,
-                self.coefficients + other.coefficients,
-                self.versions + other.versions,
-            )
-        else:
-            operands, coefficients, versions = _merge(self, other)
-        if mine[0].__class__ is not NoiseField and theirs[0].__class__ is not NoiseField:
-            if mine[0].shape != theirs[0].shape:
-                _shapes_differ(self, other)
-        elif self.shape != other.shape:
-            _shapes_differ(self, other)
-        return Lazy(operands, coefficients, versions)
+        if len(mine) == 1 and len(theirs) == 1 and mine[0] is not theirs[0] and type(theirs[0]) is not NoiseField:
+            return Lazy(mine + theirs, self.coefficients + other.coefficients, self.versions + other.versions)
+        return Lazy(*_merge(self, other))
 
     __radd__ = __add__
 
@@ -178,13 +167,6 @@ class Lazy:
         if isinstance(h, Lazy):
             raise TypeError("the quotient of two lazy combinations is not linear; pfm.evaluate one of them")
         return self * (1.0 / h)
-
-
-class _identity(tuple):
-    """`in` by identity: tensors compare elementwise."""
-
-    def __contains__(self, x: object) -> bool:
-        return any([x is y for y in self])  # noqa: C419
 
 
 def _merge(a: Lazy, b: Lazy) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int | None, ...]]:
@@ -239,10 +221,9 @@ def _plus(a: Any, b: Any) -> Any:
     return (1.0, s * v + r) if v is not None else (1.0, r * w + s)
 
 
-def _shapes_differ(a: Lazy, b: Lazy) -> NoReturn:
+def _shapes_differ(a: torch.Size, b: torch.Size) -> NoReturn:
     raise ValueError(
-        f"cannot add combinations of shapes {tuple(a.shape)} and {tuple(b.shape)}: nothing is broadcast here; "
-        "expand one explicitly"
+        f"cannot combine operands of shapes {tuple(a)} and {tuple(b)}: nothing is broadcast here; expand one explicitly"
     )
 
 
@@ -272,10 +253,7 @@ def lazy(x: Tensor | Lazy) -> Lazy:
     """
     if type(x) is Lazy:
         return x
-    if not isinstance(x, Tensor):
-        raise TypeError(f"lazy takes a tensor, got {type(x).__name__}")
-    version = None if _is_compiling() or x.is_inference() else x._version
-    return Lazy((x,), (1.0,), (version,))
+    return Lazy((x,), (1.0,), (direct.version_of(x),))
 
 
 def noise(
@@ -295,7 +273,7 @@ def noise(
     if not isinstance(first, Tensor):
         raise TypeError(f"noise takes its shape from a tensor, got {type(like).__name__}; pass torch.empty(shape)")
     if seed is None:
-        if _is_compiling() or first.device.type != "cpu":
+        if _is_tracing() or first.device.type != "cpu":
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=first.device)
         else:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
@@ -313,15 +291,11 @@ def evaluate(*combinations: Lazy | Tensor, out: Any = None, dtype: torch.dtype |
 
     Differentiable in operands and coefficients; right under torch.func.jvp, vmap and torch.compile(fullgraph=True).
     """
-    if len(combinations) == 1:
+    if out is not None and len(combinations) == 1 and dtype is None:
         only = combinations[0]
-        if type(only) is Lazy and not _is_compiling():
-            operands = only.operands
-            if out is not None and type(out) is not tuple and dtype is None:
-                _check_versions(only)
-                if direct.combine(operands, (only.coefficients,), (out,), 1, False):
-                    return out
-    elif not combinations:
+        if type(only) is Lazy and direct.update(only.operands, only.coefficients, only.versions, out):
+            return out
+    if not combinations:
         raise ValueError("evaluate needs at least one combination")
     terms = [c if type(c) is Lazy else lazy(c) for c in combinations]  # type: ignore[arg-type]
     single = len(terms) == 1
@@ -334,7 +308,7 @@ def evaluate(*combinations: Lazy | Tensor, out: Any = None, dtype: torch.dtype |
     if dtype is not None and out is not None:
         raise ValueError("evaluate: out says already which dtype the result has; leave dtype= away")
     operands, matrix, field, leading = _union(terms)
-    if not _is_compiling():
+    if not _is_tracing():
         target = out
         if target is None and operands and all([type(x) is Tensor for x in operands]):  # noqa: C419
             kind = dtype or _promoted([x for t in terms for x in t.operands])
@@ -365,8 +339,6 @@ def inner(a: Lazy | Tensor, b: Lazy | Tensor | None = None) -> Tensor:
     terms = [a if type(a) is Lazy else lazy(a)]  # type: ignore[arg-type]
     if b is not None:
         terms.append(b if type(b) is Lazy else lazy(b))  # type: ignore[arg-type]
-        if terms[0].shape != terms[1].shape:
-            _shapes_differ(terms[0], terms[1])
     if terms[0].ndim == 0:
         raise ValueError("inner needs at least one dimension, the samples; got a 0-d combination")
     operands, matrix, field, leading = _union(terms)
@@ -411,14 +383,18 @@ def _check_versions(term: Lazy) -> None:
 
 def _union(terms: Sequence[Lazy]) -> tuple[tuple[Tensor, ...], tuple[tuple[Any, ...], ...], NoiseField | None, int]:
     """Operands of all combinations, each once, and the matrix over them; the noise is its last column."""
-    compiling = _is_compiling()
+    compiling = _is_tracing()
     operands: list[Tensor] = []
     field: NoiseField | None = None
     leading = 1
+    shape = terms[0].shape
     for term in terms:
         if not compiling:
             _check_versions(term)
         for x, c in zip(term.operands, term.coefficients, strict=True):
+            own = x.like.shape if type(x) is NoiseField else x.shape
+            if own != shape:
+                _shapes_differ(shape, own)
             if type(c) is tuple and c[1].ndim > leading:
                 leading = c[1].ndim
             if type(x) is NoiseField:

@@ -42,7 +42,7 @@ class FlowMap:
     network: Callable
     prediction: str = "mean_velocity"
     interpolant: Interpolant = field(default_factory=Linear)
-    call: Callable | str | None = None
+    call: Any = None
 
     def __post_init__(self):
         if not callable(self.network):

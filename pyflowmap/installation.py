@@ -57,7 +57,12 @@ def build_config() -> dict[str, Any]:
         "backend": backend.current(),
         "backends": [
             name
-            for name, present in (("cpu", True), ("cuda", core["cuda"]), ("simt", _simt_is_built()), ("reference", True))
+            for name, present in (
+                ("cpu", True),
+                ("cuda", core["cuda"]),
+                ("simt", _simt_is_built()),
+                ("reference", True),
+            )
             if present
         ],
         "instruction set": f"{core['isa']} (best here: {core['best_isa']})",

@@ -94,8 +94,9 @@ def combine(
         values.append(y)
 
     lead = first.shape[:leading]
-    flat = [v.reshape(*lead, -1) for v in values]
-    flat_terms = [x.reshape(*lead, -1) for x in terms]
+    columns = math.prod(first.shape[leading:])  # not -1, which an empty tensor leaves open
+    flat = [v.reshape(*lead, columns) for v in values]
+    flat_terms = [x.reshape(*lead, columns) for x in terms]
     products = lambda a, b: torch.stack([torch.stack([(u * v).sum(-1) for v in b], -1) for u in a], -2)  # noqa: E731
     return Combined(
         tuple(v if dtypes is None else v.to(dtypes[k]) for k, v in enumerate(values)),
@@ -121,7 +122,7 @@ def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu
     """The field `noise` as float64 numbers of `shape`: exact Box-Muller of the words in csrc/common/philox.h.
 
     normal[4i + 0, 1] = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32), likewise [4i + 2, 3] from w2 and w3,
-    u(w) = (w >> 1) 2^-31 + 2^-32. Kernels agree to about 1e-6 (float32 arithmetic) and with one another in bits.
+    u(w) = (w >> 1) 2^-31 + 2^-32 rounded to float32 (near u = 1 the radius feels it). Kernels agree to about 1e-6 (float32 arithmetic) and with one another in bits.
     """
     low = 0xFFFFFFFF
     samples = math.prod(shape[: noise.sample_dims])
@@ -142,8 +143,8 @@ def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu
     )
     normals = []
     for a, b in ((words[0], words[1]), (words[2], words[3])):
-        u = (a >> 1).double() * 2.0**-31 + 2.0**-32
+        u = ((a >> 1).float() * 2.0**-31 + 2.0**-32).double()
         radius = (-2.0 * u.clamp(max=1.0).log()).sqrt()
         turn = 2.0 * math.pi * (b.double() / 2.0**32)
         normals += [radius * turn.cos(), radius * turn.sin()]
-    return torch.stack(normals, -1).reshape(samples, -1)[:, :elements].reshape(tuple(shape))
+    return torch.stack(normals, -1).flatten(1)[:, :elements].reshape(tuple(shape))

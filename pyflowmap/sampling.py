@@ -127,30 +127,27 @@ def _condition(condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]
 def _field(model: FlowMap, condition: dict, guidance: Callable | None, takes: str) -> Callable[..., Lazy]:
     """velocity(x, t) or jump(x, s, t), guided, as a lazy."""
 
-    def jump_one(x, s, t):
+    def jump(x, s, t):
         return model.as_jump(model.output(x, s, t, condition), x, s, t)
 
-    def velocity_one(x, t):
+    def velocity(x, t):
         return model.as_velocity(model.output(x, t, t, condition), x, t)
 
-    def velocities(x, s, t, conditions, batched):
-        outputs = model.outputs(x, s, t, conditions, batched)
-        return [model.as_velocity(output, x, s) for output in outputs]
-
-    def mean_velocities(x, s, t, conditions, batched):
-        outputs = model.outputs(x, s, t, conditions, batched)
-        return [model.as_mean_velocity(output, x, s, t) for output in outputs]
-
-    def jump_guided(x, s, t):
-        return lazy(x) + (t - s) * guidance(mean_velocities, x, s, t, condition)
-
-    def velocity_guided(x, t):
-        return guidance(velocities, x, t, t, condition)
-
     if guidance is None:
-        return jump_one if takes == "jump" else velocity_one
+        return jump if takes == "jump" else velocity
     if not callable(guidance):
         raise TypeError(
             f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...)"
         )
-    return jump_guided if takes == "jump" else velocity_guided
+    guide: Callable = guidance
+
+    def mean_velocities(x, s, t, conditions, batched):  # velocities where s = t
+        return [model.as_mean_velocity(each, x, s, t) for each in model.outputs(x, s, t, conditions, batched)]
+
+    def guided_jump(x, s, t):
+        return lazy(x) + (t - s) * guide(mean_velocities, x, s, t, condition)
+
+    def guided_velocity(x, t):
+        return guide(mean_velocities, x, t, t, condition)
+
+    return guided_jump if takes == "jump" else guided_velocity

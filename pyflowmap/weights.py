@@ -118,6 +118,8 @@ class learned(nn.Module):
     squares by default, so that log e lies inside the bounds. Train its parameters with the network's.
     """
 
+    frequency: Tensor
+
     def __init__(self, channels: int = 64, bounds: tuple[float, float] = (-4.0, 4.0), norm: str = "mean"):
         super().__init__()
         _check_norm(norm)

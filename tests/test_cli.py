@@ -106,6 +106,16 @@ def test_info(capsys):
     assert torch.__version__ in shown and "threads" in shown
 
 
+def test_bench_lists_measures_and_refuses(capsys, tmp_path):
+    assert main(["bench", "--list"]) == 0
+    case = capsys.readouterr().out.split("call: ")[1].split(",")[0].split()[0]
+    assert main(["bench", case, "--seconds", "0.2", "--out", str(tmp_path / "b.json")]) == 0
+    assert case in capsys.readouterr().out
+    assert [r["case"] for r in json.loads((tmp_path / "b.json").read_text())["results"]] == [case]
+    assert main(["bench", "no-such-case"]) == 1
+    assert "--list" in capsys.readouterr().err
+
+
 def test_demo_end_to_end(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     pytest.importorskip("mlxtend")

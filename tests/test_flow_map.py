@@ -304,6 +304,19 @@ def test_damaged_and_foreign_files(tmp_path):
         checkpoint.load("no-such-model")
 
 
+def test_a_file_is_renamed_not_overwritten(tmp_path, monkeypatch):
+    path = FlowMap(MLP()).save(tmp_path / "net.safetensors")
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        FlowMap(MLP(MLPConfig(width=8))).save(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
 def test_nothing_is_half_written(tmp_path):
     path = FlowMap(MLP()).save(tmp_path / "net.safetensors")
     before = path.read_bytes()

@@ -28,12 +28,12 @@ KERNELS = re.search(r"set\(PYFLOWMAP_KERNELS ([\w ]+)\)", (ROOT / "CMakeLists.tx
 # A room may import itself, any room on a lower floor and, on its own floor, any room further right: one direction, no
 # way back. `""` is pyflowmap/__init__.py: the programs of floor 7 use the public names like anyone, nothing below does.
 FLOORS = [
-    (7, "__main__", "cli", "integrations", ""),
+    (7, "__main__", "cli", "bench", "integrations", ""),
     (6, "training", "sampling", "data"),
     (5, "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),
     (3, "interpolants", "schedules", "tangents", "algebra"),
-    (2, "ops", "reference", "files"),
+    (2, "installation", "ops", "reference", "files"),
     (1, "_C", "_simt"),
 ]
 ORDER = {name: (floor, -place) for floor, *rooms in FLOORS for place, name in enumerate(rooms)}

@@ -118,6 +118,15 @@ def test_the_noise_is_never_written_and_networks_may_return_their_input():
         assert torch.equal(x0, kept)
 
 
+def test_stages_do_not_share_a_buffer():
+    def two_stages(velocity, x, s, t, memory):  # the network returns its argument: both must live until the update
+        a, b = velocity(2.0 * x, s), velocity(3.0 * x, t)
+        return 1.0 * a + 10.0 * b, memory
+
+    x0 = torch.randn(3, 4)
+    torch.testing.assert_close(solvers.integrate(two_stages, lambda x, t: lazy(x), x0, [0.0, 1.0]), 32.0 * x0)
+
+
 def test_the_loop_allocates_once(monkeypatch):
     outs = []
     from pyflowmap.solvers import driver

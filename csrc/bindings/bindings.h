@@ -6,4 +6,10 @@ namespace pyflowmap {
 
 PyObject* combine(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// The version of a tensor, None for an inference tensor; TypeError for anything else.
+PyObject* version_of(PyObject* self, PyObject* object);
+
+// One combination of the algebra into `out`, if its operands are still the versions that it recorded.
+PyObject* update(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

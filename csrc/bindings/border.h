@@ -19,9 +19,16 @@ struct Torch {
   PyObject* increment_version = nullptr;  // torch._C._increment_version
   PyObject* forward_ad = nullptr;         // the module torch.autograd.forward_ad
   PyObject* allocate = nullptr;           // allocate(bytes, like) -> uint8 tensor on like's device
+  // What Tensor.requires_grad, ._version, ._base and .is_neg are in C, looked up once: half the price of asking by
+  // name. Null where torch defines them in another way; then they are asked by name.
+  PyGetSetDef* requires_grad = nullptr;
+  PyGetSetDef* version = nullptr;
+  PyGetSetDef* base = nullptr;
+  PyCFunction is_neg = nullptr;
 };
 
 Torch& torch();
+void find_descriptors();  // after torch().tensor is known
 
 // Reads a tensor without taking a reference. Returns false (and leaves no Python error) for what has no plain storage:
 // another type, a subclass, a wrapper of functorch, sparse, meta. The shape lives as long as the tensor.
@@ -35,7 +42,11 @@ int road_is_watched();
 int grad_enabled();
 
 // Of one operand: bits that the storage does not show (neg view), or a gradient to record.
-int is_plain(PyObject* tensor, bool grad_is_enabled);
+// has_counter: the tensor is known to have a version, so it is no inference tensor.
+int is_plain(PyObject* tensor, bool grad_is_enabled, bool has_counter);
+
+// Whether a tensor still has the version (an int, or None for one without a counter) that was recorded.
+int has_version(PyObject* tensor, PyObject* version);
 
 bool bump_versions(PyObject* outputs_tuple);
 

@@ -18,13 +18,14 @@ enum Answer { kNo = 0, kYes = 1, kError = -1 };
 struct Call {
   CombineParams p;
   Layout layout;
-  bool trusted = false, grad = false;
+  bool trusted = false, grad = false, have_counters = false;
   bool has_vectors = false;
+  bool wide = false;  // arithmetic in f64
 };
 
-Answer plain(const Call& call, PyObject* tensor) {
+Answer plain(const Call& call, PyObject* tensor, bool has_counter = false) {
   if (call.trusted) return kYes;
-  const int answer = is_plain(tensor, call.grad);
+  const int answer = is_plain(tensor, call.grad, has_counter);
   return answer < 0 ? kError : answer ? kYes : kNo;
 }
 
@@ -81,6 +82,7 @@ Answer read_matrix(Call& call, PyObject* matrix, Coefficient (*to)[kMaxTerms]) {
   for (int k = 0; k < call.p.outputs; ++k) {
     PyObject* row = PyTuple_GET_ITEM(matrix, k);
     if (!PyTuple_CheckExact(row) || PyTuple_GET_SIZE(row) != terms) return kNo;
+    for (int j = 0; j < kMaxTerms; ++j) to[k][j] = Coefficient{};
     for (int j = 0; j < terms; ++j) {
       const Answer answer =
           read_coefficient(call, PyTuple_GET_ITEM(row, j), &to[k][j < call.p.inputs ? j : kMaxInputs]);
@@ -163,8 +165,7 @@ Answer read_mask(Call& call, PyObject* tuple) {
   dlpack::Tensor t;
   DType dtype;
   if (!view(PyTuple_GET_ITEM(tuple, 0), &t) || !storage_type(t, &dtype) || !same_device(t, layout.like)) return kNo;
-  const bool wide = call.p.x[0].dtype == DType::f64;
-  if (t.ndim != layout.like.ndim || dtype != (wide ? DType::f64 : DType::f32)) return kNo;
+  if (t.ndim != layout.like.ndim || dtype != (call.wide ? DType::f64 : DType::f32)) return kNo;
   int64_t strides[64];
   for (int d = 0; d < t.ndim; ++d) {
     if (t.shape[d] != layout.like.shape[d] && t.shape[d] != 1) return kNo;
@@ -205,14 +206,13 @@ Answer read_reduction(Call& call, PyObject* object, int64_t numbers_per_row, voi
   dlpack::Tensor t;
   DType dtype;
   if (!view(object, &t) || !storage_type(t, &dtype) || !same_device(t, call.layout.like)) return kNo;
-  const bool wide = (call.p.inputs ? call.p.x[0] : call.p.y[0]).dtype == DType::f64;
   int64_t numbers = 1, expected = 1;
   for (int d = t.ndim - 1; d >= 0; --d) {
     if (t.shape[d] != 1 && t.strides[d] != expected) return kNo;
     expected *= t.shape[d];
     numbers *= t.shape[d];
   }
-  if (dtype != (wide ? DType::f64 : DType::f32) || numbers != call.layout.rows * numbers_per_row) return kNo;
+  if (dtype != (call.wide ? DType::f64 : DType::f32) || numbers != call.layout.rows * numbers_per_row) return kNo;
   *to = t.data;
   return kYes;
 }
@@ -224,7 +224,7 @@ Answer read_call(PyObject* const* args, Py_ssize_t nargs, Call& call) {
   CombineParams& p = call.p;
   p.inputs = static_cast<int>(PyTuple_GET_SIZE(inputs));
   p.outputs = static_cast<int>(PyTuple_GET_SIZE(outputs));
-  const auto option = [&](int i) { return i < nargs ? args[i] : Py_None; };
+  const auto option = [&](int i) { return i < nargs && args[i] != Py_False ? args[i] : Py_None; };
 
   dlpack::Tensor tensors[kMaxInputs + kMaxOutputs];
   PyObject* objects[kMaxInputs + kMaxOutputs];
@@ -233,7 +233,7 @@ Answer read_call(PyObject* const* args, Py_ssize_t nargs, Call& call) {
     objects[i] = i < p.inputs ? PyTuple_GET_ITEM(inputs, i) : PyTuple_GET_ITEM(outputs, i - p.inputs);
     if (i >= p.inputs && objects[i] == Py_None) continue;
     if (!view(objects[i], &tensors[i])) return kNo;
-    const Answer answer = plain(call, objects[i]);
+    const Answer answer = plain(call, objects[i], call.have_counters && i < p.inputs);
     if (answer != kYes) return answer;
     ++count;
   }
@@ -266,8 +266,19 @@ Answer read_call(PyObject* const* args, Py_ssize_t nargs, Call& call) {
 
   int wide = 0;
   for (int j = 0; j < p.inputs; ++j) wide += p.x[j].dtype == DType::f64;
-  for (int k = 0; k < p.outputs; ++k) wide += p.y[k].data && p.y[k].dtype == DType::f64;
+  for (int k = 0; k < p.outputs; ++k) wide += objects[p.inputs + k] != Py_None && p.y[k].dtype == DType::f64;
   if (wide != 0 && wide != count) return kNo;
+  for (int i = 8; count == 0 && i <= 10; ++i) {  // noise that is reduced and not stored: the result says in which type
+    dlpack::Tensor sum;
+    DType dtype;
+    if (option(i) == Py_None) continue;
+    if (!view(option(i), &sum) || !storage_type(sum, &dtype)) return kNo;
+    wide = dtype == DType::f64;
+  }
+  call.wide = wide != 0;
+  for (int k = 0; k < p.outputs; ++k) {
+    if (objects[p.inputs + k] == Py_None && call.wide) p.y[k].dtype = DType::f64;
+  }
   if (wide != 0 && like.device.device_type != dlpack::kCPU) return kNo;
 
   Answer answer = kYes;
@@ -324,41 +335,35 @@ PyObject* workspace_for(Call& call, PyObject* like) {
 
 }  // namespace
 
-PyObject* combine(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs < 5 || nargs > 12) {
-    PyErr_Format(PyExc_TypeError, "combine takes 5 to 12 positional arguments, got %zd", nargs);
-    return nullptr;
-  }
-  if (!torch().tensor) {
-    PyErr_SetString(PyExc_RuntimeError, "combine: import pyflowmap.ops first");
-    return nullptr;
-  }
-  if (!PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[2])) Py_RETURN_FALSE;
-  if (PyTuple_GET_SIZE(args[0]) > kMaxInputs || PyTuple_GET_SIZE(args[2]) > kMaxOutputs ||
-      PyTuple_GET_SIZE(args[2]) == 0) {
-    Py_RETURN_FALSE;
-  }
+namespace {
+
+// Reads and runs one call; the answer is what Python sees.
+Answer perform(PyObject* const* args, Py_ssize_t nargs, bool trusted, bool have_counters = false) {
+  if (!PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[2])) return kNo;
+  const Py_ssize_t outputs = PyTuple_GET_SIZE(args[2]);
+  if (PyTuple_GET_SIZE(args[0]) > kMaxInputs || outputs > kMaxOutputs || outputs == 0) return kNo;
   Call call;
-  call.trusted = args[4] == Py_True;
-  if (!call.trusted) {
+  call.trusted = trusted;
+  call.have_counters = have_counters;
+  if (!trusted) {
     const int watched = road_is_watched();
-    if (watched != 0) return watched < 0 ? nullptr : (Py_INCREF(Py_False), Py_False);
+    if (watched != 0) return watched < 0 ? kError : kNo;
     const int grad = grad_enabled();
-    if (grad < 0) return nullptr;
+    if (grad < 0) return kError;
     call.grad = grad != 0;
   }
   const Answer answer = read_call(args, nargs, call);
-  if (answer == kError) return nullptr;
-  if (answer == kNo) Py_RETURN_FALSE;
+  if (answer != kYes) return answer;
 #if !defined(PYFLOWMAP_CUDA)
-  if (call.layout.like.device.device_type != dlpack::kCPU) Py_RETURN_FALSE;
+  if (call.layout.like.device.device_type != dlpack::kCPU) return kNo;
 #endif
 
+  flatten_rows(&call.p);
   PyObject* like = call.p.inputs ? PyTuple_GET_ITEM(args[0], 0) : nargs > 11 ? args[11] : PyTuple_GET_ITEM(args[2], 0);
   void* stream = nullptr;
-  if (!work_stream(like, call.layout.like, &stream)) return nullptr;
+  if (!work_stream(like, call.layout.like, &stream)) return kError;
   PyObject* workspace = workspace_for(call, like);
-  if (!workspace) return nullptr;
+  if (!workspace) return kError;
 
   Status status;
   // Letting go of the lock costs more than a small update does.
@@ -372,12 +377,54 @@ PyObject* combine(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   Py_DECREF(workspace);
   if (!status.ok()) {
     PyErr_Format(PyExc_RuntimeError, "combine failed: %s (code %d)", status.message, status.code);
-    return nullptr;
+    return kError;
   }
   bool stored = false;
   for (int k = 0; k < call.p.outputs; ++k) stored |= call.p.y[k].data != nullptr;
-  if (!call.trusted && stored && !bump_versions(args[2])) return nullptr;
-  Py_RETURN_TRUE;
+  return trusted || !stored || bump_versions(args[2]) ? kYes : kError;
+}
+
+PyObject* as_bool(Answer answer) { return answer == kError ? nullptr : PyBool_FromLong(answer == kYes); }
+
+}  // namespace
+
+PyObject* combine(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs < 5 || nargs > 14) {
+    PyErr_Format(PyExc_TypeError, "combine takes 5 to 14 positional arguments, got %zd", nargs);
+    return nullptr;
+  }
+  if (!torch().tensor) {
+    PyErr_SetString(PyExc_RuntimeError, "combine: import pyflowmap.ops first");
+    return nullptr;
+  }
+  // A dtype or a choice of outputs is for Python to work out.
+  for (Py_ssize_t i = 12; i < nargs; ++i) {
+    if (args[i] != Py_None) Py_RETURN_FALSE;
+  }
+  return as_bool(perform(args, nargs, args[4] == Py_True));
+}
+
+PyObject* update(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 4 || !PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "update takes (operands, coefficients, versions, out)");
+    return nullptr;
+  }
+  const Py_ssize_t count = PyTuple_GET_SIZE(args[0]);
+  if (!torch().tensor || PyTuple_GET_SIZE(args[2]) != count) Py_RETURN_FALSE;
+  bool have_counters = true;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    have_counters = have_counters && PyTuple_GET_ITEM(args[2], i) != Py_None;
+    const int fresh = has_version(PyTuple_GET_ITEM(args[0], i), PyTuple_GET_ITEM(args[2], i));
+    if (fresh != 1) return fresh < 0 ? nullptr : PyBool_FromLong(0);
+  }
+  PyObject* rows = PyTuple_Pack(1, args[1]);
+  PyObject* outputs = rows ? PyTuple_Pack(1, args[3]) : nullptr;
+  static PyObject* one = PyLong_FromLong(1);
+  PyObject* const call[5] = {args[0], rows, outputs, one, Py_False};
+  PyObject* result = outputs ? as_bool(perform(call, 5, false, have_counters)) : nullptr;
+  Py_XDECREF(rows);
+  Py_XDECREF(outputs);
+  return result;
 }
 
 }  // namespace pyflowmap

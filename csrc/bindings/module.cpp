@@ -23,7 +23,10 @@ PyMethodDef kernels[] = {
     {"combine", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::combine)), METH_FASTCALL,
      "combine(inputs, coefficients, outputs, leading, trusted, noise=None, mask=None, clamp=None, gram=None, "
      "cross=None, "
-     "sums=None, like=None) -> bool: contract in csrc/combine/combine.h"},
+     "sums=None, like=None, dtype=None, store=None) -> bool: contract in csrc/combine/combine.h"},
+    {"update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::update)), METH_FASTCALL,
+     "update(operands, coefficients, versions, out) -> bool: one combination of the algebra, on the direct road only"},
+    {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -39,6 +42,7 @@ void connect(const py::dict& objects) {
   torch.allocate = keep("allocate");
   torch.parameter = reinterpret_cast<PyTypeObject*>(keep("Parameter"));
   torch.tensor = reinterpret_cast<PyTypeObject*>(keep("Tensor"));
+  pyflowmap::find_descriptors();
 }
 
 }  // namespace

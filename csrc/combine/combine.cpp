@@ -42,7 +42,7 @@ bool rows_are_one(const CombineParams& p) {
     if (p.x[j].row_stride != p.columns) return false;
   }
   for (int k = 0; k < p.outputs; ++k) {
-    if (p.y[k].row_stride != p.columns) return false;
+    if (p.y[k].data && p.y[k].row_stride != p.columns) return false;
     for (int j = 0; j < p.inputs; ++j) {
       if (p.a[k][j].vector) return false;
     }
@@ -89,16 +89,16 @@ void add_up(const CombineParams& p, const CombinePlan& plan) {
 
 }  // namespace
 
-Status combine_cpu(const CombineParams& params) {
-  CombineParams p = params;
-  if (p.rows == 0) return {};
-  if (rows_are_one(p)) {
-    p.columns *= p.rows;
-    p.rows = 1;
-    for (int j = 0; j < p.inputs; ++j) p.x[j].row_stride = p.columns;
-    for (int k = 0; k < p.outputs; ++k) p.y[k].row_stride = p.columns;
-  }
+void flatten_rows(CombineParams* p) {
+  if (p->rows <= 1 || !rows_are_one(*p)) return;
+  p->columns *= p->rows;
+  p->rows = 1;
+  for (int j = 0; j < p->inputs; ++j) p->x[j].row_stride = p->columns;
+  for (int k = 0; k < p->outputs; ++k) p->y[k].row_stride = p->columns;
+}
 
+Status combine_cpu(const CombineParams& p) {
+  if (p.rows == 0) return {};
   CombinePlan plan;
   plan.columns_per_unit = kColumnsPerUnit;
   plan.units_per_row = p.columns == 0 ? 1 : (p.columns + kColumnsPerUnit - 1) / kColumnsPerUnit;

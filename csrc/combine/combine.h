@@ -34,11 +34,11 @@ inline constexpr int kMaxOutputs = 8;
 inline constexpr int kMaxTerms = kMaxInputs + 1;  // the last one is noise
 inline constexpr int kMaxDims = 8;
 
-struct Coefficient {
-  double scalar = 0.0;
-  const void* vector = nullptr;  // one factor per row, of type double if vector_is_double, else float; null means 1
-  int64_t stride = 0;            // elements between the factors of two rows; 0 shares one factor
-  bool vector_is_double = false;
+struct Coefficient {  // no initialisers: a call of two terms need not clear the table of 144 (Coefficient{} is zero)
+  double scalar;
+  const void* vector;  // one factor per row, of type double if vector_is_double, else float; null means 1
+  int64_t stride;      // elements between the factors of two rows; 0 shares one factor
+  bool vector_is_double;
 };
 
 struct Operand {
@@ -76,8 +76,8 @@ struct CombineParams {
   int inputs = 0, outputs = 0;
   int64_t rows = 0, columns = 0;
   Operand x[kMaxInputs], y[kMaxOutputs];
-  Coefficient a[kMaxOutputs][kMaxTerms];  // [k][j]; [k][kMaxInputs] is the noise, whatever J is
-  Coefficient b[kMaxOutputs][kMaxTerms];
+  Coefficient a[kMaxOutputs][kMaxTerms];  // [k][j]; [k][kMaxInputs] is the noise; all of a row k < K must be set
+  Coefficient b[kMaxOutputs][kMaxTerms];  // read with a mask only
   Noise noise;
   Mask mask;
   bool clamp[kMaxOutputs] = {};
@@ -86,7 +86,10 @@ struct CombineParams {
   void* workspace = nullptr;  // combine_workspace_bytes(params) bytes on the device; CUDA only
 };
 
-// CPU. threads = 0 lets the kernel decide.
+// Makes one long row of rows that follow one another and that no number depends on: the same work, and nothing to do per
+// row. Callers may use it before any back end.
+void flatten_rows(CombineParams* params);
+
 Status combine_cpu(const CombineParams& params);
 
 // CUDA (and the emulator, where stream is ignored).

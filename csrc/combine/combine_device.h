@@ -12,6 +12,7 @@ constexpr int kWarpsPerBlock = 4;  // small blocks: registers are handed out in 
 constexpr int kThreads = 32 * kWarpsPerBlock;
 constexpr int kFactors = kMaxOutputs * kMaxTerms;
 constexpr int kMaxReductions = kMaxOutputs * (kMaxOutputs + 1) / 2 + kMaxOutputs * kMaxTerms + kMaxOutputs;
+constexpr int kBlockFactors = kWarpsPerBlock * kFactors, kBlockReductions = kWarpsPerBlock * kMaxReductions;
 
 struct Factors {
   double scalar[kFactors];
@@ -20,7 +21,7 @@ struct Factors {
   bool is_double[kFactors];
 };
 
-struct Stream2D {  // an operand as the kernels see it
+struct DeviceOperand {  // an operand as the kernels see it
   void* data;
   int64_t row_stride;
   DType dtype;
@@ -35,7 +36,7 @@ struct Arguments {
   // From a warp's unit to its next: the number of warps in the grid, as rows and units of a row.
   int64_t step_rows;
   int step_units;
-  Stream2D x[kMaxInputs], y[kMaxOutputs];
+  DeviceOperand x[kMaxInputs], y[kMaxOutputs];
   Factors a;
   bool clamp[kMaxOutputs];
   float low[kMaxOutputs], high[kMaxOutputs];
@@ -87,15 +88,16 @@ template <int Words> static __device__ __forceinline__ void read_words(uint32_t 
   }
 }
 
+// By intrinsic: the compiler splits a plain vector store, to share its parts with the scalar path beside it.
 template <int Words> static __device__ __forceinline__ void write_words(void* to, const uint32_t (&bits)[Words]) {
-  if constexpr (Words == 4) *static_cast<uint4*>(to) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-  else if constexpr (Words == 2) *static_cast<uint2*>(to) = make_uint2(bits[0], bits[1]);
+  if constexpr (Words == 4) __stwb(static_cast<uint4*>(to), make_uint4(bits[0], bits[1], bits[2], bits[3]));
+  else if constexpr (Words == 2) __stwb(static_cast<uint2*>(to), make_uint2(bits[0], bits[1]));
   else *static_cast<uint32_t*>(to) = bits[0];
 }
 
 // `valid` elements (at least one) are inside the row.
 template <int Width>
-static __device__ __forceinline__ void read(uint32_t (&bits)[4], const Stream2D& x, int64_t at, int valid) {
+static __device__ __forceinline__ void read(uint32_t (&bits)[4], const DeviceOperand& x, int64_t at, int valid) {
   if (Width <= 4 && x.dtype == DType::f32) {
     constexpr int kWords = Width <= 4 ? Width : 4;
     const auto* from = static_cast<const uint32_t*>(x.data) + at;
@@ -145,7 +147,8 @@ template <class T> static __device__ __forceinline__ uint32_t pair_of(float low,
 }
 
 template <int Width>
-static __device__ __forceinline__ void write(const Stream2D& y, int64_t at, const float (&from)[Width], int valid) {
+static __device__ __forceinline__ void write(const DeviceOperand& y, int64_t at, const float (&from)[Width],
+                                             int valid) {
   if (Width <= 4 && y.dtype == DType::f32) {
     auto* to = static_cast<float*>(y.data) + at;
     if (y.aligned && valid >= Width) {

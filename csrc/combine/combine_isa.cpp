@@ -264,6 +264,25 @@ template <class A> PFM_INLINE double total(const A* x, int n) {
   return fold<A>(sum);
 }
 
+// Adds the inner products of one chunk to the unit's numbers.
+template <class A> PFM_INLINE void reduce(const CombineParams& p, const A* const* x, const A* const* y, int n,
+                                          double* sum) {
+  if (p.gram) {
+    for (int k = 0; k < p.outputs; ++k) {
+      for (int l = k; l < p.outputs; ++l) *sum++ += dot(y[k], y[l], n);
+    }
+  }
+  if (p.cross) {
+    for (int k = 0; k < p.outputs; ++k) {
+      for (int j = 0; j < p.inputs; ++j) *sum++ += dot(y[k], x[j], n);
+      if (p.noise.present) *sum++ += dot(y[k], x[kMaxInputs], n);
+    }
+  }
+  if (p.sums) {
+    for (int k = 0; k < p.outputs; ++k) *sum++ += total(y[k], n);
+  }
+}
+
 // ---- a run of units -----------------------------------------------------------------------------------------------
 
 PFM_INLINE double factor(const Coefficient& c, int64_t row) {
@@ -333,25 +352,9 @@ void combine_unit(const CombineParams& p, const CombinePlan& plan, const RowTerm
       y[k] = to;
       if (out.data && !direct && !plan.stage[k]) write(out, at, to, n);
     }
+    if (partial) reduce(p, x, y, n, partial);
     for (int k = 0; k < p.outputs; ++k) {
       if (p.y[k].data && plan.stage[k]) write(p.y[k], row * p.y[k].row_stride + position, y[k], n);
-    }
-
-    if (!partial) continue;
-    double* sum = partial;
-    if (p.gram) {
-      for (int k = 0; k < p.outputs; ++k) {
-        for (int l = k; l < p.outputs; ++l) *sum++ += dot(y[k], y[l], n);
-      }
-    }
-    if (p.cross) {
-      for (int k = 0; k < p.outputs; ++k) {
-        for (int j = 0; j < p.inputs; ++j) *sum++ += dot(y[k], x[j], n);
-        if (p.noise.present) *sum++ += dot(y[k], x[kMaxInputs], n);
-      }
-    }
-    if (p.sums) {
-      for (int k = 0; k < p.outputs; ++k) *sum++ += total(y[k], n);
     }
   }
 }

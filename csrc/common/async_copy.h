@@ -20,12 +20,14 @@ template <int Groups> inline void async_wait() { simt::async_wait(Groups); }
 
 #elif defined(__CUDACC__)
 
-template <int Bytes> static __device__ __forceinline__ void async_copy(void* shared, const void* global, int bytes = Bytes) {
+template <int Bytes> static __device__ __forceinline__ void async_copy(void* shared, const void* global,
+                                                                       int bytes = Bytes) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(Bytes), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(Bytes), "r"(bytes)
+                 : "memory");
   }
 }
 static __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -84,8 +84,8 @@ Status launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, size_t s
 }
 
 template <class... P> Status allow_shared(void (*kernel)(P...), size_t bytes) {
-  return status_of(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(bytes)));
+  return status_of(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
 }
 
 // The number of multiprocessors of a device, asked once.

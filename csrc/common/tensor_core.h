@@ -31,11 +31,12 @@ template <int N> inline void load_matrix_transposed(uint32_t (&out)[N], const vo
 
 #elif defined(__CUDACC__)
 
-#define PFM_MMA(type)                                                                                                  \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "  \
-               "{%10,%11,%12,%13};"                                                                                    \
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                        \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),    \
+#define PFM_MMA(type)                                                                                               \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                               \
+               ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "                                                       \
+               "{%10,%11,%12,%13};"                                                                                 \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
                  "f"(c[3]))
 
 template <class T>
@@ -47,20 +48,26 @@ static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4]
 }
 #undef PFM_MMA
 
-#define PFM_LOAD_MATRIX(name, transpose)                                                                               \
-  template <int N> static __device__ __forceinline__ void name(uint32_t (&out)[N], const void* row) {                  \
-    static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");                                    \
-    const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));                                        \
-    if constexpr (N == 1) {                                                                                            \
-      asm volatile("ldmatrix.sync.aligned.m8n8.x1" transpose ".shared.b16 {%0}, [%1];"                                 \
-                   : "=r"(out[0]) : "r"(from) : "memory");                                                             \
-    } else if constexpr (N == 2) {                                                                                     \
-      asm volatile("ldmatrix.sync.aligned.m8n8.x2" transpose ".shared.b16 {%0,%1}, [%2];"                              \
-                   : "=r"(out[0]), "=r"(out[1]) : "r"(from) : "memory");                                               \
-    } else {                                                                                                           \
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4" transpose ".shared.b16 {%0,%1,%2,%3}, [%4];"                        \
-                   : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(from) : "memory");                   \
-    }                                                                                                                  \
+#define PFM_LOAD_MATRIX(name, transpose)                                                              \
+  template <int N> static __device__ __forceinline__ void name(uint32_t (&out)[N], const void* row) { \
+    static_assert(N == 1 || N == 2 || N == 4, "ldmatrix loads 1, 2 or 4 matrices");                   \
+    const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));                       \
+    if constexpr (N == 1) {                                                                           \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x1" transpose ".shared.b16 {%0}, [%1];"                \
+                   : "=r"(out[0])                                                                     \
+                   : "r"(from)                                                                        \
+                   : "memory");                                                                       \
+    } else if constexpr (N == 2) {                                                                    \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x2" transpose ".shared.b16 {%0,%1}, [%2];"             \
+                   : "=r"(out[0]), "=r"(out[1])                                                       \
+                   : "r"(from)                                                                        \
+                   : "memory");                                                                       \
+    } else {                                                                                          \
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4" transpose ".shared.b16 {%0,%1,%2,%3}, [%4];"       \
+                   : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])                           \
+                   : "r"(from)                                                                        \
+                   : "memory");                                                                       \
+    }                                                                                                 \
   }
 PFM_LOAD_MATRIX(load_matrix, "")
 PFM_LOAD_MATRIX(load_matrix_transposed, ".trans")

@@ -187,8 +187,7 @@ void Fiber::suspend() {
   if (__sanitizer_start_switch_fiber)
     __sanitizer_start_switch_fiber(finished_ ? nullptr : &fake_stack_, host_stack_, host_stack_bytes_);
   context_->leave();
-  if (__sanitizer_finish_switch_fiber)
-    __sanitizer_finish_switch_fiber(fake_stack_, &host_stack_, &host_stack_bytes_);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake_stack_, &host_stack_, &host_stack_bytes_);
 }
 
 }  // namespace simt

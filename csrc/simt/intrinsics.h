@@ -72,7 +72,8 @@ inline unsigned __brev(unsigned a) {
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   const std::uint64_t bytes = static_cast<std::uint64_t>(y) << 32 | x;
   unsigned result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (8 * ((selector >> (4 * i)) & 7u)) & 0xffu) << (8 * i);
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<unsigned>(bytes >> (8 * ((selector >> (4 * i)) & 7u)) & 0xffu) << (8 * i);
   return result;
 }
 inline int __float2int_rn(float a) { return static_cast<int>(std::nearbyint(a)); }
@@ -109,15 +110,15 @@ template <class T> struct Same { using type = T; };
 template <class T> using same = typename Same<T>::type;  // deduce T from the address alone
 }  // namespace simt
 
-#define SIMT_ATOMIC(name, expression)                                                  \
-  template <class T> inline T name(T* address, simt::same<T> value) {                  \
-    return simt::atomic_update(address, [value](T old) { return (expression); });      \
+#define SIMT_ATOMIC(name, expression)                                             \
+  template <class T> inline T name(T* address, simt::same<T> value) {             \
+    return simt::atomic_update(address, [value](T old) { return (expression); }); \
   }
 SIMT_ATOMIC(atomicAdd, old + value)
 SIMT_ATOMIC(atomicSub, old - value)
 SIMT_ATOMIC(atomicMin, old < value ? old : value)
 SIMT_ATOMIC(atomicMax, old < value ? value : old)
-SIMT_ATOMIC(atomicAnd, old & value)
+SIMT_ATOMIC(atomicAnd, old& value)
 SIMT_ATOMIC(atomicOr, old | value)
 SIMT_ATOMIC(atomicXor, old ^ value)
 SIMT_ATOMIC(atomicExch, (static_cast<void>(old), value))

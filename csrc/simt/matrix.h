@@ -25,9 +25,11 @@ void fail(const char* what, const char* file, int line);
 template <int Matrices> inline void load_matrix(std::uint32_t* out, const void* row, bool transpose, SIMT_SITE) {
   static_assert(Matrices == 1 || Matrices == 2 || Matrices == 4, "ldmatrix loads 1, 2 or 4 matrices");
   std::uint32_t words[4] = {};
-  const unsigned lane = (here.thread.x + here.block_extent.x * (here.thread.y + here.block_extent.y * here.thread.z)) % 32;
+  const unsigned lane =
+      (here.thread.x + here.block_extent.x * (here.thread.y + here.block_extent.y * here.thread.z)) % 32;
   if (lane < 8 * Matrices) {
-    if (reinterpret_cast<std::uintptr_t>(row) % 16) fail("ldmatrix: the row address is not 16-byte aligned", file, line);
+    if (reinterpret_cast<std::uintptr_t>(row) % 16)
+      fail("ldmatrix: the row address is not 16-byte aligned", file, line);
     const auto* from = static_cast<const std::uint32_t*>(row);
     for (int i = 0; i < 4; ++i) words[i] = from[i];
   }

@@ -20,8 +20,8 @@ template <class T> struct MappedAllocator {
 
 class Arena {
  public:
-  static constexpr std::size_t kStaticLimit = 48 * 1024;   // the device's, for arrays declared in the kernel
-  static constexpr std::size_t kTotalLimit = 227 * 1024;   // compute capability 9.0; 8.0 has 163 KB, 12.0 has 99 KB
+  static constexpr std::size_t kStaticLimit = 48 * 1024;  // the device's, for arrays declared in the kernel
+  static constexpr std::size_t kTotalLimit = 227 * 1024;  // compute capability 9.0; 8.0 has 163 KB, 12.0 has 99 KB
 
   Arena();
   ~Arena();

@@ -13,11 +13,11 @@ enum class AsyncCopy { at_wait, at_issue };
 
 struct Options {
   Order order = Order::forward;
-  std::uint64_t seed = 0;              // for Order::random
-  unsigned char fill = 0x00;           // what shared memory (and a shuffle from an absent lane) holds before it is written
+  std::uint64_t seed = 0;     // for Order::random
+  unsigned char fill = 0x00;  // what shared memory (and a shuffle from an absent lane) holds before it is written
   AsyncCopy async_copy = AsyncCopy::at_wait;
-  int host_threads = 1;                // blocks run in parallel on this many host threads
-  int multiprocessors = 4;             // what the device reports; launchers size their grids by it
+  int host_threads = 1;     // blocks run in parallel on this many host threads
+  int multiprocessors = 4;  // what the device reports; launchers size their grids by it
 };
 
 // One set of options per process, read at each launch.

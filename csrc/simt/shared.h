@@ -13,8 +13,8 @@ std::size_t dynamic_shared_bytes();
 }  // namespace simt
 
 // type name[n] in shared memory. A reference to an array, so that UBSan checks its bounds and sizeof tells its size.
-#define SHARED(type, name, n)           \
-  static char name##_shared_tag;        \
+#define SHARED(type, name, n)    \
+  static char name##_shared_tag; \
   type(&name)[n] = *reinterpret_cast<type(*)[n]>(::simt::shared_array(&name##_shared_tag, sizeof(type) * (n), #name))
 
 // type* name: the dynamic shared memory of the launch.

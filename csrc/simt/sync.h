@@ -78,10 +78,10 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T value, SIMT
   return simt::warp_match(mask, bits, file, line);
 }
 
-#define SIMT_REDUCE(name, type, kind)                                                                             \
-  inline type name(unsigned mask, type value, SIMT_SITE) {                                                        \
-    return static_cast<type>(                                                                                     \
-        simt::warp_reduce(simt::Reduce::kind, mask, static_cast<std::uint32_t>(value), file, line));              \
+#define SIMT_REDUCE(name, type, kind)                                                                \
+  inline type name(unsigned mask, type value, SIMT_SITE) {                                           \
+    return static_cast<type>(                                                                        \
+        simt::warp_reduce(simt::Reduce::kind, mask, static_cast<std::uint32_t>(value), file, line)); \
   }
 SIMT_REDUCE(__reduce_add_sync, unsigned, add_u)
 SIMT_REDUCE(__reduce_min_sync, unsigned, min_u)

@@ -18,14 +18,14 @@ struct dim3 {
 };
 
 // The alignments are CUDA's: a misaligned vector access faults on the device and under UBSan.
-#define SIMT_VECTORS(type, name, align2, align4)                                                      \
-  struct name##1 { type x; };                                                                         \
-  struct alignas(align2) name##2 { type x, y; };                                                      \
-  struct name##3 { type x, y, z; };                                                                   \
-  struct alignas(align4) name##4 { type x, y, z, w; };                                                \
-  inline name##2 make_##name##2(type x, type y) { return name##2{x, y}; }                             \
-  inline name##3 make_##name##3(type x, type y, type z) { return name##3{x, y, z}; }                  \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return name##4{x, y, z, w}; }
+#define SIMT_VECTORS(type, name, align2, align4)                                      \
+  struct name##1 { type x; };                                                         \
+  struct alignas(align2) name##2 { type x, y; };                                      \
+  struct name##3 { type x, y, z; };                                                   \
+  struct alignas(align4) name##4 { type x, y, z, w; };                                \
+  inline name##2 make_##name##2(type x, type y) { return name##2 {x, y}; }            \
+  inline name##3 make_##name##3(type x, type y, type z) { return name##3 {x, y, z}; } \
+  inline name##4 make_##name##4(type x, type y, type z, type w) { return name##4 {x, y, z, w}; }
 SIMT_VECTORS(signed char, char, 2, 4)
 SIMT_VECTORS(unsigned char, uchar, 2, 4)
 SIMT_VECTORS(short, short, 4, 8)
@@ -41,9 +41,7 @@ SIMT_VECTORS(double, double, 16, 16)
 namespace simt {
 
 // Where the running thread is. One per host thread; the scheduler writes it before it resumes a fiber.
-struct Position {
-  uint3 thread, block, block_extent, grid_extent;
-};
+struct Position { uint3 thread, block, block_extent, grid_extent; };
 extern __thread Position here;
 
 }  // namespace simt

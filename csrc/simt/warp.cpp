@@ -107,7 +107,8 @@ void Block::wait_for_warp(const char* operation, unsigned mask, Complete complet
                           const char* file, int line) {
   Thread& thread = *running;
   const int first = thread.rank / 32 * 32;
-  if (!(mask >> (thread.rank - first) & 1u)) fail("the mask of a warp operation does not name the calling lane", file, line);
+  if (!(mask >> (thread.rank - first) & 1u))
+    fail("the mask of a warp operation does not name the calling lane", file, line);
   thread.sync = nullptr;
   if (orders_memory) {
     for (int lane = 0; lane < 32 && first + lane < count_; ++lane) {

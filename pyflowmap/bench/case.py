@@ -110,22 +110,22 @@ def _tensors(result: Any) -> Iterator[Tensor]:
         raise TypeError(f"a contestant returns tensors, got {type(result).__name__}")
 
 
-def results_of(contestant: Contestant) -> list[Tensor]:
-    """A copy of what it computes: contestants share their output buffers, so that none runs on warmer memory."""
+def _fresh_results(contestant: Contestant) -> list[Tensor]:
+    """What it computes from poisoned buffers, copied: contestants share buffers, so that none has warmer memory."""
+    for x in _tensors(contestant.run()):
+        if not x.requires_grad:
+            x.fill_(float("nan"))  # what it does not write must not look right
     return [x.detach().double().clone() for x in _tensors(contestant.run())]
 
 
 def check(name: str, made: Case) -> None:
     """Raises unless all contestants compute the same, each starting from poisoned buffers."""
-    ours = made.contestants[0]
-    before = results_of(ours)
-    for peer in made.contestants[1:]:
+    ours, *peers = made.contestants
+    before = _fresh_results(ours)
+    for peer in peers:
         if peer.role != "peer":
             continue
-        for x in _tensors(peer.run()):
-            if not x.requires_grad and x.grad_fn is None:
-                x.fill_(float("nan"))  # what a peer does not write must not look right
-        theirs = results_of(peer)
+        theirs = _fresh_results(peer)
         if len(theirs) != len(before):
             raise RuntimeError(f"bench {name}: {peer.name} computes {len(theirs)} tensors, {ours.name} {len(before)}")
         for i, (a, b) in enumerate(zip(before, theirs)):

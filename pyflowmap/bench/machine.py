@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyflowmap import __version__, _C
+from pyflowmap import _C, __version__
 
 __all__ = ["describe", "file_name"]
 
@@ -79,7 +79,7 @@ def describe() -> dict[str, Any]:
             "torch": torch.__version__,
             **{package: _version(package) for package in _PEERS},
         },
-        "build": {key: value for key, value in _C.build().items()},
+        "build": dict(_C.build()),
     }
 
 

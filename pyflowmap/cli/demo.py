@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 STEPS = (1, 2, 4, 8, 16)
 SECONDS, UPDATES = 165.0, 6000
@@ -124,7 +125,11 @@ def measure(model, classifier, images, held_images, count: int, scale: float, se
     from .quality import frechet_distance, sliced_wasserstein
 
     label = torch.arange(count) % 10
-    options = {"condition": {"label": label}, "guidance": cfg(scale, null={"label": 10}), "seed": seed + 1}
+    options: dict[str, Any] = {
+        "condition": {"label": label},
+        "guidance": cfg(scale, null={"label": 10}),
+        "seed": seed + 1,
+    }
     features = classifier.features(images)
     runs = (
         [("flow_map", n, n) for n in STEPS]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-__all__ = ["sinusoidal", "Embedding"]
+__all__ = ["Embedding", "sinusoidal", "zero"]
 
 
 def sinusoidal(t: Tensor, channels: int, highest: float = 100.0, lowest: float = 0.1) -> Tensor:
@@ -21,6 +21,13 @@ def sinusoidal(t: Tensor, channels: int, highest: float = 100.0, lowest: float =
     frequency = highest * torch.exp(exponent * math.log(lowest / highest))
     angle = t.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """Set every parameter of `layer` to 0: a residual branch that ends in it starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class Embedding(nn.Module):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .embedding import Embedding
+from .embedding import Embedding, zero
 from .registry import check_range, register
 
 __all__ = ["MLP", "MLPConfig"]
@@ -40,8 +40,7 @@ class MLP(nn.Module):
         self.inner = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.depth))
         self.outer = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.depth))
         self.last = nn.Linear(config.width, config.features)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        zero(self.last)
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         e = self.embedding(s, t, label)

@@ -36,7 +36,7 @@ def describe(network: nn.Module) -> dict[str, Any]:
         raise TypeError(
             f"{name} is not a registered network, so no file can rebuild it; decorate it with @pfm.nn.register(Config)"
         )
-    return {"name": name, "config": dataclasses.asdict(network.config)}
+    return {"name": name, "config": dataclasses.asdict(network.config)}  # type: ignore[call-overload]
 
 
 def build(description: Any) -> nn.Module:

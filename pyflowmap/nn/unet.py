@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, scaled_dot_product_attention, silu
 
-from .embedding import Embedding
+from .embedding import Embedding, zero
 from .gaussian import gaussian_mean_velocity, spread
 from .registry import check_range, register
 
@@ -56,8 +56,7 @@ class _Block(nn.Module):
         self.norm2 = nn.GroupNorm(groups, channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)  # every block starts as its skip
-        nn.init.zeros_(self.conv2.bias)
+        zero(self.conv2)  # every block starts as its skip
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         scale, shift = self.modulate(e)[:, :, None, None].chunk(2, 1)
@@ -72,8 +71,7 @@ class _Attention(nn.Module):
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        zero(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -123,9 +121,8 @@ class UNet(nn.Module):
                 self.up.append(nn.Conv2d(width, width, 1))
         self.norm = nn.GroupNorm(g, width)
         self.last = nn.Conv2d(width, folded, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-        self.to(memory_format=torch.channels_last)  # convolutions run about twice as fast so on CPUs
+        zero(self.last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # convolutions run about twice as fast so on CPUs
 
     def fit(self, x1: Tensor, floor: float = 0.1) -> UNet:
         """Set mean and deviation per pixel from data (N, C, H, W); deviations below `floor` are raised to it."""

@@ -82,9 +82,8 @@ def progressive(
 def _target(teacher: FlowMap, x: Tensor, s: Tensor, t: Tensor, condition: dict, split: str, seed: int | None) -> Tensor:
     """(1-g) u_{s,r}(x) + g u_{r,t}(X_{s,r}(x)), without gradient."""
     with frozen_teacher(teacher.network):
-        if split == "midpoint":
-            g = 0.5
-        else:
+        g: float | Tensor = 0.5
+        if split == "uniform":
             generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + 1)
             g = torch.rand(s.shape, device=x.device, generator=generator)
         r = g * s + (1.0 - g) * t

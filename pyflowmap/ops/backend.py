@@ -20,6 +20,16 @@ from pyflowmap import _C
 BACKENDS = ("auto", "cpu", "cuda", "simt", "reference")
 
 
+# The direct road: the kernels of the current back end, with every check in C. A kernel answers False where it wants the
+# operator road to look at the call.
+KERNELS = ("combine", "update", "version_of")
+direct = SimpleNamespace()
+
+
+def _refuse(*_: Any) -> bool:
+    return False
+
+
 def _allocate(count: int, like: Tensor) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device=like.device)
 
@@ -37,17 +47,16 @@ def _connect(module: Any) -> Any:
             "allocate": _allocate,
         }
     )
+    # Dynamo cannot look into C: it takes "no direct road here" and "no version known" for an answer instead.
+    for kernel in KERNELS:
+        answer = (lambda _: None) if kernel == "version_of" else (lambda *_: False)
+        torch.compiler.substitute_in_graph(getattr(module, kernel), skip_signature_check=True)(answer)
     return module
 
 
 _connect(_C)
 _HAS_CUDA: bool = _C.build()["cuda"]
 _warned = False
-
-# The direct road: the kernels of the current back end, with every check in C. A kernel answers False where it wants the
-# operator road to look at the call.
-KERNELS = ("combine",)
-direct = SimpleNamespace()
 
 
 def _checked(name: str) -> str:
@@ -87,15 +96,13 @@ def use(name: str) -> Iterator[None]:
         _set(before)
 
 
-def _refuse(*_: Any) -> bool:
-    return False
-
-
 def _set(name: str) -> None:
     global _current
-    module = None if name == "reference" else simt() if name == "simt" else _C
+    module = simt() if name == "simt" else _C
     for kernel in KERNELS:
-        setattr(direct, kernel, _refuse if module is None else getattr(module, kernel))
+        setattr(direct, kernel, getattr(module, kernel))
+    if name == "reference":
+        direct.combine = direct.update = _refuse
     _current = name
 
 

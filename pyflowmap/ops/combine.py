@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from pyflowmap.ops.backend import direct
-from pyflowmap.ops.combine_call import Call, check_noise, check_tensor, matrix_of
+from pyflowmap.ops.combine_call import Call, check_aliasing, check_noise, check_tensor, matrix_of
 from pyflowmap.ops.combine_operator import needs_operator
 from pyflowmap.ops.combine_run import run
 from pyflowmap.ops.combine_split import dispatch_wide
 from pyflowmap.reference import Coefficient, Combined, Noise
 
-_is_compiling = torch.compiler.is_compiling
-
 
 def combine(
     inputs: Sequence[Tensor],  # J tensors of one shape (*leading, *event)
     coefficients: Sequence[Sequence[Coefficient]],  # K rows of J coefficients, one more with noise
-    *,
-    out: Sequence[Tensor | None] | None = None,
+    out: Sequence[Tensor | None] | None = None,  # by keyword from here on (a bare * would cost 0.1 us a call)
     leading: int = 1,
     noise: Noise | None = None,
     mask: tuple[Tensor, Sequence[Sequence[Coefficient]]] | None = None,
@@ -40,8 +37,8 @@ def combine(
         gram[r, k, l] = <Y_k[r], Y_l[r]>,   cross[r, k, j] = <Y_k[r], X_j[r]>,   sums[r, k] = sum Y_k[r]
 
     A row r is one index of the first `leading` dimensions (a sample). A coefficient is a number, a tensor of the
-    leading shape (or 0-d), or the pair (number, tensor), which multiplies; numbers are applied in float64 and cost no device
-    work. Exactly zero never reads its operand (0 * NaN does not arise). Arithmetic is float32 (float64 if all operands
+    leading shape (or 0-d), or the pair (number, tensor), which multiplies; numbers are applied in float64 and cost no
+    device work. Exactly zero never reads its operand (0 * NaN does not arise). Arithmetic is float32 (float64 if all operands
     are); float32, bfloat16 and float16 may be mixed. Sums are deterministic: the same bits for any number of threads.
 
     Args:
@@ -67,16 +64,8 @@ def combine(
         tensor([[1.5000, 1.5000, 1.5000],
                 [1.5000, 1.5000, 1.5000]])
     """
-    if (
-        out is not None
-        and not _is_compiling()
-        and noise is None
-        and mask is None
-        and clamp is None
-        and not (gram or cross or sums)
-        and dtype is None
-        and store is None
-        and direct.combine(inputs, coefficients, out, leading, False)
+    if out is not None and direct.combine(
+        inputs, coefficients, out, leading, False, noise, mask, clamp, gram, cross, sums, None, dtype, store
     ):
         return out
     call = _checked(inputs, coefficients, out, leading, noise, mask, clamp, dtype, store, gram, cross, sums, like)
@@ -90,11 +79,22 @@ def launch(call: Call, out: Sequence[Tensor | None] | None = None) -> Combined:
         return dispatch_wide(call)
     if len(call.inputs) <= 8 and len(call.matrix) <= 8 and not needs_operator(call) and all(_is_plain(y) for y in out):
         return run(call, out)
+    if all(_has_memory(x) for x in (*call.inputs, *out) if x is not None):
+        check_aliasing(call.inputs, out, call.leading)
     result = dispatch_wide(call)
     given = tuple(y for y in out if y is not None)
     for y, value in zip(given, result.outputs, strict=True):
         y.copy_(value)  # autograd records the write, as for any torch function with out= that may record
     return result._replace(outputs=given)
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether x has an address to compare: not while tracing or faking, nor inside functorch's wrappers."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def _is_plain(y: Tensor | None) -> bool:

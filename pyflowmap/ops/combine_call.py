@@ -93,7 +93,11 @@ def entry(name: str, c: Coefficient, like: Tensor, leading: int, verb: str = "co
         vector = c
     else:
         scalar = c
-    if not isinstance(scalar, (float, int, Tensor)):
+    if not isinstance(scalar, (float, int)):
+        if isinstance(scalar, Tensor):
+            raise TypeError(
+                f"{verb}: {name} is a pair of two tensors; the first must be a number: multiply the two instead"
+            )
         try:
             scalar = float(scalar)
         except (TypeError, ValueError):
@@ -214,7 +218,7 @@ def check_aliasing(
 ) -> None:
     """Raises for an output that is expanded, partly overlaps an operand, or shares memory with another output."""
     for k, y in enumerate(outputs):
-        if y is None or y.numel() == 0:
+        if y is None or y.numel() == 0 or y.is_meta:
             continue
         if any(size > 1 and stride == 0 for size, stride in zip(y.shape, y.stride(), strict=True)):
             raise ValueError(

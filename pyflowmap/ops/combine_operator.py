@@ -316,6 +316,8 @@ class _Combine(torch.autograd.Function):
         from pyflowmap.ops.combine_derivatives import tangent
 
         s = ctx.static
+        if tangents[5] is not None:
+            raise ValueError("combine: mask has no tangent here; detach it, or write it as an operand")
         call = _Combine.restore(ctx)
         d_tensors = tangents[10:]
         return _flatten(tangent(call, s.vector_index, d_tensors[: s.count], d_tensors[s.count :]))

@@ -78,7 +78,8 @@ class _Buffers:
     """Buffers by role, allocated at first use. A role alternates between two, so a step may read the old one."""
 
     def __init__(self, like: Tensor, reuse: bool):
-        self.like, self.reuse, self.held, self.turn = like, reuse, {}, 0
+        self.like, self.reuse, self.turn = like, reuse, 0
+        self.held: dict[Any, Tensor] = {}
 
     def take(self, role: Any) -> Tensor | None:
         if not self.reuse:
@@ -154,10 +155,11 @@ def _run(step, field, x, times, grad, callback, progress, trajectory):
             )
         leaves: list[Lazy] = []
         shape = _strip(returned, leaves)
+        target: Tensor | None = None  # a callback may keep its x, so each is new
         if kept is not None:
             target = kept[k + 1]
-        else:
-            target = None if callback is not None else buffers.take("state")
+        elif callback is None:
+            target = buffers.take("state")
         outs = (target, *(buffers.take(("memory", i)) for i in range(len(leaves))))
         x, *values = _settle((x_next, *leaves), outs, dtype=states[-1].dtype)
         memory = _restore(shape, iter([lazy(value) for value in values]))

@@ -78,7 +78,9 @@ def fit(
     if progress:
         from tqdm.auto import tqdm
 
-        bar = tqdm(total=steps, desc="training", unit="step")
+        # By progress, not by steps: the remaining time is then right when the wall clock ends the run.
+        shown = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        bar = tqdm(total=100.0, desc="training", bar_format=shown)
     begin, skipped, in_a_row = time.perf_counter(), 0, 0
     step.train()
     try:
@@ -92,7 +94,9 @@ def fit(
                 group["lr"] = rate
             x1, label = next(batches)
             if label_dropout > 0.0:
-                label = torch.where(torch.rand(label.shape, device=label.device) < label_dropout, null_label, label)
+                label = torch.where(
+                    torch.rand(label.shape, device=label.device) < label_dropout, int(null_label or 0), label
+                )
             loss, parts = step(x1, label=label)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -109,9 +113,8 @@ def fit(
             optimiser.step()
             average.update_parameters(step.network)
             if bar is not None:
-                bar.update()
-                if k % 20 == 0:
-                    bar.set_postfix(loss=f"{float(loss.detach()):.3f}", seconds=f"{elapsed:.0f}", refresh=False)
+                bar.set_postfix(step=k + 1, loss=f"{float(loss.detach()):.3f}", refresh=False)
+                bar.update(100.0 * done - bar.n)
             if callback is not None:
                 record = {
                     "step": k + 1,

@@ -1,4 +1,4 @@
-"""Each planted fault of kernels/faults.cu is reported, by the means that should find it; its corrected twin is clean."""
+"""Each planted fault of kernels/faults.cu is reported by what should find it; its corrected twin is clean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import pytest
 
 # Faults that the emulator itself reports, in any build: (case, words of the message)
 REPORTED = [
-    ("divergent", ["divergent_barrier<true>", "block (0, 0, 0)", "40 wait at __syncthreads", "faults.cu:", "24 of 64 have exited"]),
+    (
+        "divergent",
+        [
+            "divergent_barrier<true>",
+            "block (0, 0, 0)",
+            "40 wait at __syncthreads",
+            "faults.cu:",
+            "24 of 64 have exited",
+        ],
+    ),
     ("two_branches", ["divergent barrier", "32 wait at __syncthreads", "thread 1, 0, 0"]),
     ("divergent_shuffle", ["7 wait at a shuffle", "25 wait at __syncthreads"]),
     ("mask", ["does not name the calling lane", "thread (0, 0, 0)", "faults.cu:"]),

@@ -84,10 +84,22 @@ static int ptx_shuffle(int kind, int lane, int b, int width) {
   const int max_lane = (lane & segmask) | (clamp & ~segmask & 31), min_lane = lane & segmask;
   int j = lane;
   bool valid = true;
-  if (kind == 0) { j = min_lane | (b & ~segmask & 31); valid = j <= max_lane; }
-  if (kind == 1) { j = lane - b; valid = j >= max_lane; }
-  if (kind == 2) { j = lane + b; valid = j <= max_lane; }
-  if (kind == 3) { j = lane ^ b; valid = j <= max_lane; }
+  if (kind == 0) {
+    j = min_lane | (b & ~segmask & 31);
+    valid = j <= max_lane;
+  }
+  if (kind == 1) {
+    j = lane - b;
+    valid = j >= max_lane;
+  }
+  if (kind == 2) {
+    j = lane + b;
+    valid = j <= max_lane;
+  }
+  if (kind == 3) {
+    j = lane ^ b;
+    valid = j <= max_lane;
+  }
   return 1000 + (valid ? j : lane);
 }
 
@@ -104,8 +116,9 @@ static void shuffles(bool) {
   for (int i = 0; i < count; ++i) {
     const ShuffleRow& row = rows[static_cast<size_t>(i)];
     for (int t = 0; t < threads; ++t) {
-      harness::expect(out[static_cast<size_t>(i * threads + t)] == ptx_shuffle(row.kind, t % 32, row.argument, row.width),
-                      "shuffle");
+      harness::expect(
+          out[static_cast<size_t>(i * threads + t)] == ptx_shuffle(row.kind, t % 32, row.argument, row.width),
+          "shuffle");
     }
   }
 }
@@ -209,7 +222,8 @@ static void shared_arrays(bool) {
   harness::check(LAUNCH((two_arrays<int>), 1, 32, 32 * sizeof(int), nullptr, i.data()));
   for (int t = 0; t < 32; ++t) {
     const int exact = 31 - t + 1000 + t % 17 + 2000 + (t + 1) % 32;
-    harness::expect(i[static_cast<size_t>(t)] == exact && f[static_cast<size_t>(t)] == static_cast<float>(exact), "shared");
+    harness::expect(i[static_cast<size_t>(t)] == exact && f[static_cast<size_t>(t)] == static_cast<float>(exact),
+                    "shared");
   }
 }
 
@@ -337,9 +351,16 @@ static void intrinsics(bool) {
 
 int main(int argc, char** argv) {
   return harness::main(argc, argv,
-                       {{"reduction", reduction}, {"dimensions", dimensions}, {"big_grid", big_grid},
-                        {"shuffles", shuffles}, {"votes", votes}, {"partial", partial},
-                        {"named_barriers", named_barriers}, {"shared_arrays", shared_arrays},
-                        {"atomics", atomic_operations}, {"async_tail", async_tail}, {"matrices", matrices},
+                       {{"reduction", reduction},
+                        {"dimensions", dimensions},
+                        {"big_grid", big_grid},
+                        {"shuffles", shuffles},
+                        {"votes", votes},
+                        {"partial", partial},
+                        {"named_barriers", named_barriers},
+                        {"shared_arrays", shared_arrays},
+                        {"atomics", atomic_operations},
+                        {"async_tail", async_tail},
+                        {"matrices", matrices},
                         {"intrinsics", intrinsics}});
 }

@@ -182,7 +182,7 @@ template <bool Faulty> __global__ void too_much_shared(float* out) {
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
-#define CALL(kernel, blocks, threads, ...)                                        \
+#define CALL(kernel, blocks, threads, ...)                                                 \
   harness::check(faulty ? LAUNCH((kernel<true>), blocks, threads, 0, nullptr, __VA_ARGS__) \
                         : LAUNCH((kernel<false>), blocks, threads, 0, nullptr, __VA_ARGS__))
 
@@ -201,67 +201,81 @@ template <int N, class Launch> static void with_output(Launch launch) {
 int main(int argc, char** argv) {
   const std::vector<harness::Case> cases = {
       {"global_write", [](bool faulty) { with_output<100>([&](float* o) { CALL(write_past_end, 2, 64, o, 100); }); }},
-      {"global_read", [](bool faulty) {
+      {"global_read",
+       [](bool faulty) {
          const auto in = ramp(100);
          with_output<100>([&](float* o) { CALL(read_past_end, 2, 64, in.data(), o, 100); });
        }},
       {"shared_write", [](bool faulty) { with_output<64>([&](float* o) { CALL(write_past_shared, 1, 64, o); }); }},
       {"shared_index", [](bool faulty) { with_output<64>([&](float* o) { CALL(index_past_shared, 1, 64, o); }); }},
       {"uninitialised", [](bool faulty) { with_output<64>([&](float* o) { CALL(read_unwritten_shared, 1, 64, o); }); }},
-      {"absent_lane", [](bool faulty) {
+      {"absent_lane",
+       [](bool faulty) {
          std::vector<unsigned> out(32);
          CALL(shuffle_from_absent_lane, 1, 32, out.data());
          harness::print(out);
        }},
-      {"barrier", [](bool faulty) {
+      {"barrier",
+       [](bool faulty) {
          const auto in = ramp(128);
          with_output<128>([&](float* o) { CALL(missing_barrier, 1, 128, in.data(), o); });
        }},
-      {"second_barrier", [](bool faulty) {
+      {"second_barrier",
+       [](bool faulty) {
          const auto in = ramp(64);
          with_output<64>([&](float* o) { CALL(missing_second_barrier, 1, 64, in.data(), o); });
        }},
       {"warp_barrier", [](bool faulty) { with_output<32>([&](float* o) { CALL(missing_warp_barrier, 1, 32, o); }); }},
-      {"between_blocks", [](bool faulty) { with_output<256>([&](float* o) { CALL(blocks_write_one_place, 4, 64, o); }); }},
-      {"async_wait", [](bool faulty) {
+      {"between_blocks",
+       [](bool faulty) { with_output<256>([&](float* o) { CALL(blocks_write_one_place, 4, 64, o); }); }},
+      {"async_wait",
+       [](bool faulty) {
          const auto in = ramp(256);
          with_output<64>([&](float* o) { CALL(missing_async_wait, 1, 64, in.data(), o); });
        }},
-      {"async_never", [](bool faulty) {
+      {"async_never",
+       [](bool faulty) {
          const auto in = ramp(256);
          with_output<64>([&](float* o) { CALL(async_never_waited, 1, 64, in.data(), o); });
        }},
-      {"async_pipeline", [](bool faulty) {
+      {"async_pipeline",
+       [](bool faulty) {
          const auto in = ramp(1024);
          with_output<64>([&](float* o) { CALL(async_waits_too_little, 1, 64, in.data(), o); });
        }},
-      {"async_overwrite", [](bool faulty) {
+      {"async_overwrite",
+       [](bool faulty) {
          const auto in = ramp(1024);
          with_output<64>([&](float* o) { CALL(async_overwrites_early, 1, 64, in.data(), o); });
        }},
       {"divergent", [](bool faulty) { with_output<64>([&](float* o) { CALL(divergent_barrier, 1, 64, o); }); }},
-      {"two_branches", [](bool faulty) { with_output<64>([&](float* o) { CALL(barriers_of_two_branches, 1, 64, o); }); }},
+      {"two_branches",
+       [](bool faulty) { with_output<64>([&](float* o) { CALL(barriers_of_two_branches, 1, 64, o); }); }},
       {"divergent_shuffle", [](bool faulty) { with_output<32>([&](float* o) { CALL(divergent_shuffle, 1, 32, o); }); }},
       {"mask", [](bool faulty) { with_output<32>([&](float* o) { CALL(mask_without_caller, 1, 32, o); }); }},
-      {"misaligned", [](bool faulty) {
+      {"misaligned",
+       [](bool faulty) {
          const auto in = ramp(256);
          std::vector<float4> out(32);
          CALL(misaligned_vector, 1, 32, in.data(), out.data());
        }},
-      {"last_block", [](bool faulty) {
+      {"last_block",
+       [](bool faulty) {
          const auto in = ramp(9);
          std::vector<float> partials(9);
          unsigned ticket = 0;
          with_output<1>([&](float* o) { CALL(last_block_sums, 9, 32, in.data(), partials.data(), &ticket, o); });
        }},
-      {"allow_shared", [](bool faulty) {
+      {"allow_shared",
+       [](bool faulty) {
          std::vector<float> out(64);
          if (!faulty) harness::check(pyflowmap::allow_shared(too_much_shared<false>, 64 * 1024));
          harness::check(faulty ? LAUNCH((too_much_shared<true>), 1, 64, 64 * 1024, nullptr, out.data())
                                : LAUNCH((too_much_shared<false>), 1, 64, 64 * 1024, nullptr, out.data()));
          harness::print(out);
        }},
-      {"configuration", [](bool faulty) {
+      {"configuration",
+       [](bool faulty) {
          with_output<100>([&](float* o) { CALL(write_past_end, faulty ? 0 : 2, 64, o, faulty ? 99 : 100); });
        }},
   };

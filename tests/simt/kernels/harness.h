@@ -21,15 +21,20 @@ inline std::string value(int argc, char** argv, const char* key, const char* fal
   return fallback;
 }
 
-inline void configure(int argc, char** argv) {
+// Under nvcc (a compile test) there is nothing to configure.
+inline void configure([[maybe_unused]] int argc, [[maybe_unused]] char** argv) {
+#if defined(PYFLOWMAP_SIMT)
   simt::Options options;
   const std::string order = value(argc, argv, "order", "forward");
-  options.order = order == "reverse" ? simt::Order::reverse : order == "random" ? simt::Order::random : simt::Order::forward;
+  options.order = order == "reverse"  ? simt::Order::reverse
+                  : order == "random" ? simt::Order::random
+                                      : simt::Order::forward;
   options.seed = std::strtoull(value(argc, argv, "seed", "0").c_str(), nullptr, 10);
   options.fill = static_cast<unsigned char>(std::strtoul(value(argc, argv, "fill", "00").c_str(), nullptr, 16));
   options.host_threads = std::atoi(value(argc, argv, "threads", "1").c_str());
   if (value(argc, argv, "async", "wait") == "issue") options.async_copy = simt::AsyncCopy::at_issue;
   simt::set_options(options);
+#endif
 }
 
 inline void check(const pyflowmap::Status& status) {

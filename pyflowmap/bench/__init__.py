@@ -1,0 +1,16 @@
+"""Microbenchmarks that ship with the library: `pyflowmap bench`. `bench/` runs the same cases under pytest-benchmark.
+
+    >>> from pyflowmap import bench
+    >>> bench.names("ode")
+    ['euler_driver']
+
+`measure(name)` returns plain data with every sample; `table(results)` prints it.
+"""
+
+from . import call, combine, loss, noise, ode, schedulers, storage  # noqa: F401  each registers its cases
+from .case import groups, names
+from .machine import describe, file_name
+from .table import table
+from .timer import Measurement, measure
+
+__all__ = ["Measurement", "describe", "file_name", "groups", "measure", "names", "table"]
