@@ -83,12 +83,36 @@ void choose_isa(const std::string& name) {
   throw py::value_error("set_isa: unknown instruction set '" + name + "' (base, v3, v4)");
 }
 
+#if defined(PYFLOWMAP_SIMT)
+void set_options(const std::string& order, uint64_t seed, int fill, const std::string& async_copy, int host_threads,
+                 int multiprocessors) {
+  simt::Options options;
+  if (order == "forward") options.order = simt::Order::forward;
+  else if (order == "reverse") options.order = simt::Order::reverse;
+  else if (order == "random") options.order = simt::Order::random;
+  else throw py::value_error("set_options: order '" + order + "' is none of forward, reverse, random");
+  if (async_copy == "at_wait") options.async_copy = simt::AsyncCopy::at_wait;
+  else if (async_copy == "at_issue") options.async_copy = simt::AsyncCopy::at_issue;
+  else throw py::value_error("set_options: async_copy '" + async_copy + "' is neither at_wait nor at_issue");
+  options.seed = seed;
+  options.fill = static_cast<unsigned char>(fill);
+  options.host_threads = host_threads;
+  options.multiprocessors = multiprocessors;
+  simt::set_options(options);
+}
+#endif
+
 }  // namespace
 
 void define_build(py::module_& m) {
   m.def("build", &build, "What this build contains.");
   m.def("dlpack_abi", &dlpack_abi, "Sizes and offsets of the DLPack structures declared in csrc/bindings/dlpack.h.");
   m.def("set_isa", &choose_isa, py::arg("name"), "Runs CPU kernels with 'base', 'v3' or 'v4'.");
+#if defined(PYFLOWMAP_SIMT)
+  m.def("set_options", &set_options, py::arg("order") = "forward", py::arg("seed") = 0, py::arg("fill") = 0,
+        py::arg("async_copy") = "at_wait", py::arg("host_threads") = 1, py::arg("multiprocessors") = 4,
+        "How the emulated device runs; a correct kernel's result depends on none of it.");
+#endif
 }
 
 }  // namespace pyflowmap

@@ -9,13 +9,6 @@
 
 namespace py = pybind11;
 
-// The same bindings make two modules: the library's, and the emulator's for tests.
-#if defined(PYFLOWMAP_SIMT)
-#define PYFLOWMAP_MODULE _simt
-#else
-#define PYFLOWMAP_MODULE _C
-#endif
-
 namespace {
 
 // Kernels take METH_FASTCALL: no argument tuple, no overload resolution, 0.1 microseconds less per call.

@@ -38,8 +38,9 @@ def combine(
 
     A row r is one index of the first `leading` dimensions (a sample). A coefficient is a number, a tensor of the
     leading shape (or 0-d), or the pair (number, tensor), which multiplies; numbers are applied in float64 and cost no
-    device work. Exactly zero never reads its operand (0 * NaN does not arise). Arithmetic is float32 (float64 if all operands
-    are); float32, bfloat16 and float16 may be mixed. Sums are deterministic: the same bits for any number of threads.
+    device work. Exactly zero never reads its operand (0 * NaN does not arise). Arithmetic is float32 (float64 if all
+    operands are); float32, bfloat16 and float16 may be mixed. Sums are deterministic: the same bits for any number of
+    threads.
 
     Args:
         inputs: J tensors; nothing is broadcast. Up to 8 in one launch, more by a fixed rule (ops/combine_split.py).
