@@ -163,10 +163,37 @@ class Lazy:
 
     __rmul__ = __mul__
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """`tensor * lazy` and friends: torch asks here at once, instead of failing first, ten times slower."""
+        method = _REFLECTED.get(func)
+        if method is None or kwargs or len(args) != 2:
+            name = getattr(func, "__name__", str(func))
+            raise TypeError(f"torch.{name} of a lazy combination: pfm.evaluate(...) it first (+ - * / stay lazy)")
+        a, b = args
+        return method(a, b) if type(a) is Lazy else method(b, a, True)
+
     def __truediv__(self, h: Scalar) -> Lazy:
         if isinstance(h, Lazy):
             raise TypeError("the quotient of two lazy combinations is not linear; pfm.evaluate one of them")
         return self * (1.0 / h)
+
+
+def _reflected(name: str, reflected: str) -> Any:
+    forward, backward = getattr(Lazy, name), getattr(Lazy, reflected)
+    return lambda x, other, swapped=False: backward(x, other) if swapped else forward(x, other)
+
+
+_ADD, _SUB, _MUL = (
+    _reflected("__add__", "__radd__"),
+    _reflected("__sub__", "__rsub__"),
+    _reflected("__mul__", "__rmul__"),
+)
+_REFLECTED = {
+    **dict.fromkeys((Tensor.add, Tensor.__add__, Tensor.__radd__), _ADD),
+    **dict.fromkeys((Tensor.sub, Tensor.__sub__, Tensor.__rsub__), _SUB),
+    **dict.fromkeys((Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _MUL),
+}
 
 
 def _merge(a: Lazy, b: Lazy) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int | None, ...]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from tolerance import CHAIN, assert_within, bound
 from torch import Tensor
 
 from pyflowmap import reference
-from tolerance import CHAIN, assert_within, bound
 
 HALF = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "contiguous", "chunk", "reversed", "swapped", "gapped", "offset", "expanded")
@@ -99,7 +99,9 @@ class Case:
         if "noise" not in self.options:
             return [torch.zeros(())] * len(self.matrix)
         at = len(self.inputs)
-        weight = [reference.coefficient(row[at], len(shape), torch.float64, torch.device("cpu")).abs() for row in self.matrix]
+        weight = [
+            reference.coefficient(row[at], len(shape), torch.float64, torch.device("cpu")).abs() for row in self.matrix
+        ]
         if "mask" in self.options:
             mask, rows = self.options["mask"]
             extra = [reference.coefficient(r[at], len(shape), torch.float64, torch.device("cpu")).abs() for r in rows]
@@ -118,7 +120,9 @@ def _absolute(matrix: Any) -> tuple[tuple[Any, ...], ...]:
 
 def coefficients(draw: Any, lead: tuple[int, ...], rng: torch.Generator) -> Any:
     """A number, a vector, or both; exact zeros often."""
-    kind = draw(st.sampled_from(("zero", "int", "float", "float", "vector", "double", "shared", "pair", "dull", "half")))
+    kind = draw(
+        st.sampled_from(("zero", "int", "float", "float", "vector", "double", "shared", "pair", "dull", "half"))
+    )
     number = draw(st.sampled_from((-1.5, 0.25, 1.0, 1 / 3, -2e-3)))
     vector = torch.randn(lead, generator=rng, dtype=torch.float64)
     vector = torch.where(torch.rand(lead, generator=rng) < 0.3, 0.0, vector)
@@ -158,7 +162,9 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = HALF, most: int = 8, extr
         ids = None
         if draw(st.booleans()):
             ids = torch.randint(-(2**62), 2**62, (torch.Size(lead[:samples]).numel(),), generator=rng)
-        options["noise"] = reference.Noise(draw(st.integers(-(2**63), 2**64 - 1)), draw(st.integers(0, 3)), ids, samples)
+        options["noise"] = reference.Noise(
+            draw(st.integers(-(2**63), 2**64 - 1)), draw(st.integers(0, 3)), ids, samples
+        )
         terms += 1
     matrix = tuple(tuple(coefficients(draw, lead, rng) for _ in range(terms)) for _ in range(K))
     if extras and draw(st.booleans()):
@@ -167,5 +173,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = HALF, most: int = 8, extr
         again = tuple(tuple(coefficients(draw, lead, rng) for _ in range(terms)) for _ in range(K))
         options["mask"] = (arrange(mask, draw(st.sampled_from(LAYOUTS))), again)
     if extras and draw(st.booleans()):
-        options["clamp"] = tuple(draw(st.sampled_from((None, (-1.0, 0.5), (0.0, float("inf")), (0.3, 0.3)))) for _ in range(K))
+        options["clamp"] = tuple(
+            draw(st.sampled_from((None, (-1.0, 0.5), (0.0, float("inf")), (0.3, 0.3)))) for _ in range(K)
+        )
     return Case(tuple(inputs), matrix, len(lead), options)

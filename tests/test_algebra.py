@@ -55,7 +55,18 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize(
     "h",
-    [0.5, 2, -3, True, np.float64(0.3), np.float32(0.3), np.int64(3), np.array(0.7), torch.tensor(0.3), torch.tensor(2)],
+    [
+        0.5,
+        2,
+        -3,
+        True,
+        np.float64(0.3),
+        np.float32(0.3),
+        np.int64(3),
+        np.array(0.7),
+        torch.tensor(0.3),
+        torch.tensor(2),
+    ],
     ids=lambda h: f"{type(h).__name__}-{h}",
 )
 def test_numbers_on_either_side(xvu, h):

@@ -279,6 +279,9 @@ Answer read_call(PyObject* const* args, Py_ssize_t nargs, Call& call) {
   for (int k = 0; k < p.outputs; ++k) {
     if (objects[p.inputs + k] == Py_None && call.wide) p.y[k].dtype = DType::f64;
   }
+#if defined(PYFLOWMAP_SIMT)
+  if (wide != 0) return kNo;  // the CUDA source has no float64
+#endif
   if (wide != 0 && like.device.device_type != dlpack::kCPU) return kNo;
 
   Answer answer = kYes;

@@ -107,8 +107,19 @@ struct MapWalker {
 template <class A> PFM_INLINE const A* read_mask(const Mask& mask, int64_t row, int64_t position, int n, A* space) {
   const A* data = static_cast<const A*>(mask.data) + row * mask.row_stride;
   if (mask.index.dims == 0) return data + position;
-  MapWalker walker = MapWalker::at(mask.index, position);
-  for (int i = 0; i < n; ++i, walker.advance()) space[i] = data[walker.index];
+  // Run by run along the innermost dimension: a mask is dense there, or constant (broadcast over channels_last channels).
+  const int inner = mask.index.dims - 1;
+  const int64_t size = mask.index.size[inner], stride = mask.index.stride[inner];
+  for (int i = 0; i < n;) {
+    const MapWalker walker = MapWalker::at(mask.index, position + i);
+    const int64_t left = size - walker.digit[inner];
+    const int run = static_cast<int>(left < n - i ? left : n - i);
+    const A* from = data + walker.index;
+    if (stride == 1) memcpy(space + i, from, static_cast<size_t>(run) * sizeof(A));
+    else
+      for (int k = 0; k < run; ++k) space[i + k] = from[k * stride];
+    i += run;
+  }
   return space;
 }
 
@@ -337,6 +348,11 @@ void combine_unit(const CombineParams& p, const CombinePlan& plan, const RowTerm
     const A* y[kMaxOutputs];
     for (int k = 0; k < p.outputs; ++k) {
       const Operand& out = p.y[k];
+      const bool selects = !out.data && !mask && !p.clamp[k] && terms.count[k] == 1 && terms.a[k][0] == A(1);
+      if (selects) {  // an input that only enters the inner products: nothing to copy
+        y[k] = x[terms.term[k][0]];
+        continue;
+      }
       const int64_t at = row * out.row_stride + position;
       const bool direct = out.data && stored_as(out, A(0)) && !plan.stage[k] && !p.clamp[k] && !mask;
       A* to = direct ? static_cast<A*>(out.data) + at : scratch.y[k];

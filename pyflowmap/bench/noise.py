@@ -31,9 +31,18 @@ def _check_instruction_sets(out: torch.Tensor) -> str:
     return f"Same bits on {', '.join(available)}: checked in this run."
 
 
+def _check_normal(field: torch.Tensor) -> None:
+    """Raises unless mean and variance are those of a standard normal field, within six standard deviations."""
+    size, field = field.numel(), field.double()
+    mean, variance = field.mean().item(), field.var().item()
+    if not (abs(mean) < 6.0 / size**0.5 and abs(variance - 1.0) < 6.0 * (2.0 / size) ** 0.5):
+        raise RuntimeError(f"{size} normals have mean {mean:.3g} and variance {variance:.6g}")
+
+
 def _normals(count: int, threads: int | None = None) -> Case:
     out = torch.empty(64, count // 64)
     note = _check_instruction_sets(out)
+    _check_normal(out)
 
     def ours():
         pfm.evaluate(pfm.noise(out, seed=1), out=out)
@@ -78,6 +87,9 @@ def renoise_4m() -> Case:
 
     def ours():
         pfm.evaluate(A * pfm.lazy(x) + B * pfm.noise(x, seed=1), out=out)
+
+    ours()
+    _check_normal((out - A * x) / B)
 
     def eager():
         torch.randn(buffer.shape, out=buffer)

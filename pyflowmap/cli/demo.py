@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
     )
     trained = history[-1]["seconds"]
     model = FlowMap(average)
+    if args.save is not None:  # now, so that minutes of training survive an interrupted measurement
+        model.save(args.save, dtype=torch.float16)
     rows = measure(model, classifier, images, held_images, count, args.guidance, args.seed)
     real |= rows.pop("real")
     result = {
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
-        "options": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str, bool, type(None)))},
+        "options": {k: v for k, v in vars(args).items() if k not in ("command", "run", "out", "save")},
         "training": {
             "updates": history[-1]["step"],
             "seconds": trained,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pyflowmap.reference import Coefficient, Noise
 
@@ -67,6 +68,8 @@ def check_tensor(name: str, x: object, like: Tensor | None, verb: str = "combine
         )
     if x.layout != torch.strided:
         raise TypeError(f"{verb}: {name} has layout {x.layout}; a strided tensor is needed, e.g. {name}.to_dense()")
+    if isinstance(x, FakeTensor) and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        raise TypeError(f"{verb}: {name} is a FakeTensor, which has no memory; call inside its FakeTensorMode")
     if not torch.compiler.is_compiling() and x.is_neg():
         raise ValueError(f"{verb}: {name} is a negative view of another tensor; call {name}.resolve_neg() first")
     if like is None:
@@ -213,6 +216,16 @@ def _touch(a: Tensor, b: Tensor, leading: int) -> bool:
     return offset < widths[0] or steps[0] - offset < widths[1]
 
 
+def _may_overlap_itself(x: Tensor) -> bool:
+    """Unless each dimension steps over all that the faster ones reach."""
+    reach = 0
+    for stride, size in sorted((x.stride(d), x.size(d)) for d in range(x.ndim) if x.size(d) > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 def check_aliasing(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], leading: int, verb: str = "combine"
 ) -> None:
@@ -225,7 +238,7 @@ def check_aliasing(
                 f"{verb}: out[{k}] is expanded (stride {y.stride()}): many elements share one place; pass a tensor "
                 "that owns its elements"
             )
-        if torch._debug_has_internal_overlap(y) == 1:
+        if _may_overlap_itself(y):
             raise ValueError(
                 f"{verb}: out[{k}] overlaps itself (shape {tuple(y.shape)}, stride {y.stride()}); pass a tensor "
                 "that owns its elements"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,42 @@ def _inside(value: Tensor, bounds: tuple[float, float]) -> Tensor:
     return (value >= bounds[0]) & (value <= bounds[1])
 
 
+def _reach(
+    call: Call, grads: Combined
+) -> tuple[Callable[[int, int], Entry] | None, Callable[[int, int], Entry] | None]:
+    """P[k, i] and M[j, i]: how much of X_i is in L_k, and in the cotangent of X_j, by the inner products."""
+    if grads.gram is None and grads.cross is None:
+        return None, None
+    if len(call.matrix) == 1 and grads.cross is None:  # one squared norm: no matrix to form, 2 g C_j C_i
+        row, g = call.matrix[0], grads.gram[..., 0, 0]  # type: ignore[index]
+        products: dict[tuple[int, ...], Tensor] = {}
+
+        def factor(*which: Tensor | None) -> Tensor:
+            found = [v for v in which if v is not None]
+            key = tuple(sorted(map(id, found)))
+            if key not in products:
+                value = g
+                for v in found:
+                    value = value * v
+                products[key] = value
+            return products[key]
+
+        return (
+            lambda k, i: (2.0 * row[i][0], factor(row[i][1])),
+            lambda j, i: (2.0 * row[j][0] * row[i][0], factor(row[j][1], row[i][1])),
+        )
+    C = _dense(call)
+    P = torch.zeros_like(C)
+    if grads.gram is not None:
+        P = P + (grads.gram + grads.gram.mT).to(torch.float64) @ C
+    if grads.cross is not None:
+        P = P + grads.cross.to(torch.float64)
+    M = C.mT @ P
+    if grads.cross is not None:
+        M = M + grads.cross.to(torch.float64).mT @ C
+    return lambda k, i: (1.0, P[..., k, i]), lambda j, i: (1.0, M[..., j, i])
+
+
 def gradients(
     call: Call,
     vectors: Sequence[Tensor],
@@ -67,17 +103,7 @@ def gradients(
     present = [k for k in range(K) if g[k] is not None]
     cotangents = tuple(g[k] for k in present)
 
-    P = M = None
-    if grads.gram is not None or grads.cross is not None:
-        C = _dense(call)
-        P = torch.zeros_like(C)
-        if grads.gram is not None:
-            P = P + (grads.gram + grads.gram.mT).to(torch.float64) @ C
-        if grads.cross is not None:
-            P = P + grads.cross.to(torch.float64)
-        M = C.mT @ P
-        if grads.cross is not None:
-            M = M + grads.cross.to(torch.float64).mT @ C
+    P, M = _reach(call, grads)
     if P is None and not present:
         return (None,) * (J + len(vectors))
 
@@ -95,8 +121,7 @@ def gradients(
     )
     if wanted:
         rows: Matrix = tuple(
-            (*(call.matrix[k][j] for k in present), *(() if M is None else ((1.0, M[..., j, i]) for i in range(T))))
-            for j in wanted
+            (*(call.matrix[k][j] for k in present), *(() if M is None else (M(j, i) for i in range(T)))) for j in wanted
         )
         masked = (
             None if call.mask_matrix is None else tuple(tuple(call.mask_matrix[k][j] for k in present) for j in wanted)
@@ -131,7 +156,7 @@ def gradients(
         rows = tuple(
             (
                 *(_ONE if k == l else _ZERO for l in present),
-                *((_ZERO if P is None else (1.0, P[..., k, i])) for i in range(T)),
+                *((_ZERO if P is None else P(k, i)) for i in range(T)),
             )
             for k in range(K)
         )

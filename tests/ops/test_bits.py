@@ -111,7 +111,9 @@ def test_instruction_set_of_a_process():
     for name, count in ((available()[0], "1"), (available()[-1], "2")):
         environment = {**os.environ, "PYFLOWMAP_ISA": name, "OMP_NUM_THREADS": count}
         environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
         answers.append(json.loads(done.stdout))
         assert answers[-1][:2] == [name, int(count)]
     assert answers[0][2:] == answers[1][2:]

@@ -34,13 +34,13 @@ def direct_calls(monkeypatch):
     """Answers of the direct road: True where it ran the kernel."""
     answers = []
     real = backends.direct.combine
-    monkeypatch.setattr("pyflowmap.ops.combine.direct", type("Direct", (), {"combine": staticmethod(lambda *a: _log(answers, real(*a)))}))
+
+    def logged(*args):
+        answers.append(real(*args))
+        return answers[-1]
+
+    monkeypatch.setattr(backends.direct, "combine", logged)
     return answers
-
-
-def _log(answers, answer):
-    answers.append(answer)
-    return answer
 
 
 # ---- two roads -------------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_watched_tensors_leave_the_direct_road(direct_calls):
         call(fwAD.make_dual(x, x))
     torch.func.jvp(lambda x: ops.combine((x,), ((2.0,),), out=(torch.empty_like(x),))[0], (x,), (x,))
     call(x.as_subclass(Method))
-    with FakeTensorMode() as mode:
+    with FakeTensorMode() as mode, pytest.raises(TypeError, match="FakeTensor"):
         ops.combine((mode.from_tensor(x),), ((2.0,),), out=(mode.from_tensor(o),))
     assert direct_calls and not any(direct_calls)
 
@@ -130,8 +130,10 @@ def test_fake_and_meta_tensors():
     for y in (*r.outputs, r.gram, r.sums):
         assert isinstance(y, FakeTensor)
     assert r.outputs[0].stride() == x.stride() and r.outputs[0].dtype == torch.bfloat16 and r.gram.shape == (2, 2, 2)
-    (y,) = ops.combine((fake,), ((1.0,),))  # outside its mode
-    assert isinstance(y, FakeTensor)
+    for out in (None, (torch.empty(x.shape),)):
+        with pytest.raises(TypeError) as error:
+            ops.combine((fake,), ((1.0,),), out=out)
+        one_line(error, "inputs[0]", "FakeTensor", "FakeTensorMode")
     (y,) = ops.combine((x.to("meta"),), ((1.0,),))
     assert y.is_meta and y.shape == x.shape
     m = torch.empty(2, 3, device="meta")
@@ -159,7 +161,6 @@ def test_functorch_wrappers():
     got = torch.func.vmap(lambda x: ops.combine((x,), ((2.0,),))[0])(x)
     assert torch.equal(got, 2 * x)
     assert torch.equal(torch.func.grad(lambda x: ops.combine((x,), ((2.0,),))[0].sum())(x), torch.full_like(x, 2.0))
-    assert torch.equal(torch.func.functionalize(lambda x: ops.combine((x,), ((2.0,),))[0])(x), 2 * x)
 
 
 def test_inference_mode():
@@ -272,7 +273,9 @@ def test_halves_of_a_chunk_may_interleave(backend):
     before = a.clone()
     ops.combine((a,), ((2.0,),), out=(b,))
     assert torch.equal(b, 2 * before) and torch.equal(a, before)
-    ops.combine((a, b), ((1.0, 0.0), (0.0, 1.0)), out=(b, a))  # exact aliases, exchanged: both are read before either is written
+    ops.combine(
+        (a, b), ((1.0, 0.0), (0.0, 1.0)), out=(b, a)
+    )  # exact aliases, exchanged: both are read before either is written
     assert torch.equal(b, before) and torch.equal(a, 2 * before)
 
 
@@ -307,7 +310,14 @@ def test_common_layouts_are_not_copied():
     from pyflowmap.ops import combine_run
 
     x = torch.randn(4, 6, 5, 5)
-    for a in (x, x[:, :3], x.to(memory_format=torch.channels_last), x[::2], x[:1].expand(4, 6, 5, 5), x.flatten()[1:].view(-1, 7)):
+    for a in (
+        x,
+        x[:, :3],
+        x.to(memory_format=torch.channels_last),
+        x[::2],
+        x[:1].expand(4, 6, 5, 5),
+        x.flatten()[1:29].view(4, 7),
+    ):
         before = combine_run.copies
         ops.combine((a, a.clone(memory_format=torch.preserve_format)), ((1.0, torch.rand(a.shape[0])),))
         assert combine_run.copies == before and has_dense_rows(a, 1)
@@ -326,7 +336,6 @@ def test_ten_thousand_calls_leak_nothing():
     def calls(n):
         for _ in range(n):
             ops.combine((x, x), ((1.0, (0.5, h)),), out=(o,))  # the direct road
-            ops.combine((x.T,), ((1.0,),), out=(o,)) if False else None
         for _ in range(n // 20):
             ops.combine((x,), ((1.0, 1.0),), noise=Noise(seed), gram=True)
             ops.combine((x.T.contiguous().T,), ((1.0,), (2.0,)), out=(None, o))

@@ -65,7 +65,7 @@ def test_inner_products(backend, case, data):
     wanted = data.draw(st.sampled_from((("gram",), ("cross",), ("sums",), ("gram", "sums"), ("gram", "cross", "sums"))))
     none = data.draw(st.booleans())
     stored = [] if none else list(range(len(case.matrix)))
-    result = run(case, backend, store=tuple(not none for _ in case.matrix), **{name: True for name in wanted})
+    result = run(case, backend, store=tuple(not none for _ in case.matrix), **dict.fromkeys(wanted, True))
     lead = case.like.shape[: case.leading]
     sizes = {"gram": (len(case.matrix),) * 2, "cross": (len(case.matrix), case.terms), "sums": (len(case.matrix),)}
     for name, size in sizes.items():
@@ -104,7 +104,7 @@ def test_into_given_outputs(backend, case, data):
     """Any layout and dtype, some absent, some exactly an operand."""
     expected = [y.clone() for y in run(case, backend).outputs]
     case.inputs = move(case.inputs, backend.device)
-    free = [x for x in case.inputs if 0 not in x.stride() and x._base is None or x.is_contiguous()]
+    free = [x for x in case.inputs if (0 not in x.stride() and x._base is None) or x.is_contiguous()]
     out = []
     for y in expected:
         kind = data.draw(st.sampled_from(("new", "new", "none", "operand")))
@@ -112,7 +112,9 @@ def test_into_given_outputs(backend, case, data):
             out.append(free.pop())
         else:
             other = torch.full(y.shape, math.nan, dtype=data.draw(st.sampled_from(HALF)), device=y.device)
-            out.append(None if kind == "none" and len(out) else arrange(other, data.draw(st.sampled_from(LAYOUTS[:-1]))))
+            out.append(
+                None if kind == "none" and len(out) else arrange(other, data.draw(st.sampled_from(LAYOUTS[:-1])))
+            )
     before = [None if y is None else y._version for y in out]
     result = run(case, backend, out=tuple(out))
     for k, y in enumerate(out):

@@ -32,7 +32,13 @@ def test_abi(tmp_path):
     header = Path(torch.__file__).parent / "include" / "ATen" / "dlpack.h"
     if not header.exists():
         pytest.skip(f"this torch ships no {header.name}")
-    lines = [f'#include "{header}"', "#include <cstddef>", "#include <cstdio>", "int main() {"]
+    lines = [
+        f'#include "{header}"',
+        "#include <cstddef>",
+        "#include <cstdio>",
+        "#include <initializer_list>",
+        "int main() {",
+    ]
     for struct, members in MEMBERS.items():
         numbers = ", ".join([f"sizeof({struct})", *(f"offsetof({struct}, {m})" for m in members)])
         lines.append(f'  for (size_t n : {{{numbers}}}) std::printf("%zu ", n);\n  std::printf("\\n");')

@@ -117,7 +117,9 @@ def _wide_torch(x, v, h):
 def _full_gram(x, v, h):
     """Six outputs and six inputs: derivatives need more than one launch."""
     inputs = (x, v, x * 2, v * 3, x - v, x + v)
-    r = ops.combine(inputs, tuple(tuple(h if (k + j) % 2 else 0.1 * (k - j) for j in range(6)) for k in range(6)), gram=True)
+    r = ops.combine(
+        inputs, tuple(tuple(h if (k + j) % 2 else 0.1 * (k - j) for j in range(6)) for k in range(6)), gram=True
+    )
     return (*r.outputs[:1], r.gram)
 
 
@@ -240,8 +242,12 @@ def test_vmap_over_gradients_and_other_axes():
         torch.func.grad(lambda x, h: total(f(x, v, h)), argnums=(0, 1)), in_dims=(1, None)
     )(torch.stack([x, 2 * x], 1), h)
     same(per_weight(ours), per_weight(theirs))
-    same(torch.func.jacrev(lambda h: ours(x, v, h)[1])(h)[None], torch.func.jacrev(lambda h: theirs(x, v, h)[1])(h)[None])
-    same(torch.func.jacfwd(lambda h: ours(x, v, h)[1])(h)[None], torch.func.jacfwd(lambda h: theirs(x, v, h)[1])(h)[None])
+    same(
+        torch.func.jacrev(lambda h: ours(x, v, h)[1])(h)[None], torch.func.jacrev(lambda h: theirs(x, v, h)[1])(h)[None]
+    )
+    same(
+        torch.func.jacfwd(lambda h: ours(x, v, h)[1])(h)[None], torch.func.jacfwd(lambda h: theirs(x, v, h)[1])(h)[None]
+    )
 
 
 @every_case
@@ -287,7 +293,26 @@ def test_half_precision_gradients_keep_their_dtype():
 def test_opcheck():
     x, v, h = tensors(dtype=torch.float32)
     scalars = torch.tensor([[1.0, 0.5, 0.1]], dtype=torch.float64)
-    arguments = ([x, v], [h], scalars, x, None, None, 3, None, 0, None, None, True, 1, 1, [-1, 0, -1], [], [False], [0.0, 0.0])
+    arguments = (
+        [x, v],
+        [h],
+        scalars,
+        x,
+        None,
+        None,
+        3,
+        None,
+        0,
+        None,
+        None,
+        True,
+        1,
+        1,
+        [-1, 0, -1],
+        [],
+        [False],
+        [0.0, 0.0],
+    )
     torch.library.opcheck(torch.ops.pyflowmap.combine.default, (*arguments, [0], [True], True, True, True))
 
 
