@@ -1,4 +1,4 @@
-"""Fused kernels and exact JVPs for flow maps: MeanFlow, consistency, self-distillation; any torch model, your own loop."""
+"""Fused kernels and exact JVPs for flow maps (MeanFlow, consistency, self-distillation): any torch model, your loop."""
 
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 

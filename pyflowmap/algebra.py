@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from pyflowmap.ops import combine as combine_op
 from pyflowmap.ops.backend import direct
+from pyflowmap.ops.combine import combine as combine_op
 from pyflowmap.ops.combine_run import _noise_tuple
 from pyflowmap.reference import Noise, per_row
 
@@ -100,7 +100,7 @@ class Lazy:
         )
 
     def __repr__(self) -> str:
-        parts = []
+        parts: list[str] = []
         for x, c in zip(self.operands, self.coefficients, strict=True):
             number = (
                 f"{c:.6g}"
@@ -324,7 +324,7 @@ def evaluate(*combinations: Lazy | Tensor, out: Any = None, dtype: torch.dtype |
             return out
     if not combinations:
         raise ValueError("evaluate needs at least one combination")
-    terms = [c if type(c) is Lazy else lazy(c) for c in combinations]  # type: ignore[arg-type]
+    terms = [c if type(c) is Lazy else lazy(c) for c in combinations]
     single = len(terms) == 1
     if out is not None and isinstance(out, Tensor):
         if not single:
@@ -363,9 +363,9 @@ def inner(a: Lazy | Tensor, b: Lazy | Tensor | None = None) -> Tensor:
     `inner(a)` is <a, a>, the squared norm. The combinations are formed and reduced in one launch and never stored; the
     gradient is one more launch. A loss is `weight(pfm.inner(r)).mean()`. Deterministic.
     """
-    terms = [a if type(a) is Lazy else lazy(a)]  # type: ignore[arg-type]
+    terms = [a if type(a) is Lazy else lazy(a)]
     if b is not None:
-        terms.append(b if type(b) is Lazy else lazy(b))  # type: ignore[arg-type]
+        terms.append(b if type(b) is Lazy else lazy(b))
     if terms[0].ndim == 0:
         raise ValueError("inner needs at least one dimension, the samples; got a 0-d combination")
     operands, matrix, field, leading = _union(terms)

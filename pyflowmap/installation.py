@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def _cuda(core: dict[str, Any]) -> str:
     if driver == 0:
         return f"built with {version}, no driver on this machine"
     if driver // 1000 < runtime // 1000:
-        return f"built with {version}, but the driver serves only {driver // 1000}.{driver % 1000 // 10}: update the driver"
+        return f"built with {version}, but the driver serves {driver // 1000}.{driver % 1000 // 10}: update it"
     return f"built with {version}, driver serves {driver // 1000}.{driver % 1000 // 10}"
 
 
@@ -45,11 +46,9 @@ def build_config() -> dict[str, Any]:
         >>> pyflowmap.build_config()["backend"]
         'auto'
     """
-    import pyflowmap
-
     core = _C.build()
     return {
-        "pyflowmap": pyflowmap.__version__,
+        "pyflowmap": metadata.version("pyflowmap"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",

@@ -122,7 +122,8 @@ def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu
     """The field `noise` as float64 numbers of `shape`: exact Box-Muller of the words in csrc/common/philox.h.
 
     normal[4i + 0, 1] = sqrt(-2 ln u(w0)) (cos, sin)(2 pi w1 / 2^32), likewise [4i + 2, 3] from w2 and w3,
-    u(w) = (w >> 1) 2^-31 + 2^-32 rounded to float32 (near u = 1 the radius feels it). Kernels agree to about 1e-6 (float32 arithmetic) and with one another in bits.
+    u(w) = (w >> 1) 2^-31 + 2^-32 rounded to float32 (near u = 1 the radius
+    feels it). Kernels agree to about 1e-6 (float32 arithmetic) and with one another in bits.
     """
     low = 0xFFFFFFFF
     samples = math.prod(shape[: noise.sample_dims])

@@ -80,7 +80,7 @@ class Case:
     def check(self, result: reference.Combined, stored: list[int], arithmetic: torch.dtype) -> None:
         asked = {name: getattr(result, name) is not None for name in ("gram", "cross", "sums")}
         value, size = self.exact(**asked)
-        # a coefficient: scalar times vector, plus mask times another (3); a product and J additions; the mask is rounded too
+        # a coefficient is a scalar times a vector plus the mask times another; then a product and J additions
         roundings = len(self.inputs) + 8
         noisy = self._noise_weight()
         for k, y in zip(stored, result.outputs, strict=True):

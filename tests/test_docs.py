@@ -14,7 +14,9 @@ import torch
 import pyflowmap
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in path.read_text()]
+PAGES = [
+    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in path.read_text()
+]
 OPTIONAL = {"matplotlib", "mlxtend", "sklearn", "ot"}
 
 
@@ -42,5 +44,7 @@ def test_examples_in_docstrings(name: str) -> None:
             raise
         pytest.skip(f"{name} needs {missing.name}")
     torch.manual_seed(0)
-    found = doctest.testmod(module, extraglobs={"torch": torch, "pfm": pyflowmap, "pyflowmap": pyflowmap}, optionflags=doctest.ELLIPSIS)
+    found = doctest.testmod(
+        module, extraglobs={"torch": torch, "pfm": pyflowmap, "pyflowmap": pyflowmap}, optionflags=doctest.ELLIPSIS
+    )
     assert found.failed == 0

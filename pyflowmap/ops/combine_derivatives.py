@@ -99,9 +99,10 @@ def gradients(
     if grads.sums is not None:
         for k in range(K):
             every = per_row(grads.sums[..., k], call.like.ndim).to(call.accumulator).expand(call.like.shape)
-            g[k] = every if g[k] is None else g[k] + every
+            own = g[k]
+            g[k] = every if own is None else own + every
     present = [k for k in range(K) if g[k] is not None]
-    cotangents = tuple(g[k] for k in present)
+    cotangents = tuple(y for y in g if y is not None)
 
     P, M = _reach(call, grads)
     if P is None and not present:
@@ -236,7 +237,8 @@ def tangent(
             *(() if noise is None else (_ZERO if which is None else which[k][J],)),
         )
 
-    inputs = (*(call.inputs[j] for j in steady), *(d_inputs[j] for j in moving))
+    moved = [d for d in d_inputs if d is not None]
+    inputs = (*(call.inputs[j] for j in steady), *moved)
     velocity = tuple(row(k, shift, call.matrix) for k in range(K))
     zeros = tuple((_ZERO,) * len(call.matrix[0]) for _ in range(K))
     mask_rows = None if call.mask_matrix is None else tuple(row(k, zeros, call.mask_matrix) for k in range(K))

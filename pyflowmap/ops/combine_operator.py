@@ -35,7 +35,7 @@ _SCHEMA = (
 class Static(NamedTuple):
     """What a compiled graph may hold as a constant."""
 
-    count: int  # inputs; the tensors after them are the per-row factors
+    input_count: int  # the tensors after the inputs are the per-row factors
     noise: bool
     sample_dims: int
     leading: int
@@ -189,7 +189,7 @@ def _operator(body: Callable[[Call], Combined]) -> Callable[..., list[Tensor]]:
         stream_data,
         sample_ids,
         noise,
-        sample_dims,  # type: ignore[no-untyped-def]
+        sample_dims,
         leading,
         vector_index,
         mask_vector_index,
@@ -245,11 +245,11 @@ class _Combine(torch.autograd.Function):
     "*vectors)"""
 
     @staticmethod
-    def forward(static, seed, stream, scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors):  # type: ignore[no-untyped-def, override]
+    def forward(static, seed, stream, scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors):
         s = Static(*static)
         flat = torch.ops.pyflowmap.combine(
-            tensors[: s.count],
-            tensors[s.count :],
+            tensors[: s.input_count],
+            tensors[s.input_count :],
             scalars,
             like,
             mask,
@@ -275,7 +275,7 @@ class _Combine(torch.autograd.Function):
         return tuple(flat)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def, override]
+    def setup_context(ctx, inputs, output) -> None:
         static, seed, stream, *tensors = inputs
         ctx.static, ctx.seed, ctx.stream = Static(*static), seed, stream
         ctx.set_materialize_grads(False)
@@ -283,7 +283,7 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def restore(ctx) -> tuple[Call, Sequence[Tensor]]:  # type: ignore[no-untyped-def]
+    def restore(ctx) -> tuple[Call, Sequence[Tensor]]:
         """The call and its vectors. Asks for the saved tensors once: torch.utils.checkpoint allows no more."""
         s = ctx.static
         scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors = ctx.saved_tensors
@@ -293,21 +293,23 @@ class _Combine(torch.autograd.Function):
             sample_ids,
             s.sample_dims,
         )
-        inputs, vectors = tensors[: s.count], tensors[s.count :]
+        inputs, vectors = tensors[: s.input_count], tensors[s.input_count :]
         return _call(s, inputs, vectors, scalars, like, mask, mask_scalars, noise if s.noise else None), vectors
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, *grads):
         from pyflowmap.ops.combine_derivatives import gradients
 
         s = ctx.static
         needs = ctx.needs_input_grad[10:]
         call, vectors = _Combine.restore(ctx)
-        found = gradients(call, vectors, s.vector_index, _unflatten(s, grads), needs[: s.count], needs[s.count :])
+        found = gradients(
+            call, vectors, s.vector_index, _unflatten(s, grads), needs[: s.input_count], needs[s.input_count :]
+        )
         return (None,) * 10 + found
 
     @staticmethod
-    def jvp(ctx, *tangents):  # type: ignore[no-untyped-def, override]
+    def jvp(ctx, *tangents):
         from pyflowmap.ops.combine_derivatives import tangent
 
         s = ctx.static
@@ -315,7 +317,7 @@ class _Combine(torch.autograd.Function):
             raise ValueError("combine: mask has no tangent here; detach it, or write it as an operand")
         call, _ = _Combine.restore(ctx)
         d_tensors = tangents[10:]
-        return _flatten(tangent(call, s.vector_index, d_tensors[: s.count], d_tensors[s.count :]))
+        return _flatten(tangent(call, s.vector_index, d_tensors[: s.input_count], d_tensors[s.input_count :]))
 
     @staticmethod
     def vmap(
@@ -332,7 +334,7 @@ class _Combine(torch.autograd.Function):
         stream_data,
         sample_ids,
         *tensors,
-    ):  # type: ignore[no-untyped-def]
+    ):
         s = Static(*static)
         if s.noise:
             raise ValueError(
@@ -367,7 +369,7 @@ class _Recorded(torch.autograd.Function):
     """What `_Combine` is to a tracer, for a plain eager call: nothing but the tape, a third of the time."""
 
     @staticmethod
-    def forward(ctx, call, index, *tensors):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, call, index, *tensors):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, call.like, call.mask)
         bare = lambda matrix: tuple(tuple((scalar, None) for scalar, _ in row) for row in matrix)  # noqa: E731
@@ -383,7 +385,7 @@ class _Recorded(torch.autograd.Function):
         return _flatten(run(call))
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, *grads):
         from pyflowmap.ops.combine_derivatives import gradients
 
         *tensors, like, mask = ctx.saved_tensors

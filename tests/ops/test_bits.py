@@ -30,9 +30,9 @@ def calls(small: bool = False):
         h = torch.randn(rows, generator=rng)
         mask = torch.randint(0, 2, (rows, columns), generator=rng).float()
         terms = ((1.0, (1 / 3, h), -0.7, 0.25), (h, 0.0, 1e-3, h))
-        base = dict(noise=Noise(9, 1), dtype=(torch.float32, torch.bfloat16))
-        extra = dict(mask=(mask, terms), clamp=((-1.0, 1.5), None))
-        sums = dict(gram=True, cross=True, sums=True)
+        base = {"noise": Noise(9, 1), "dtype": (torch.float32, torch.bfloat16)}
+        extra = {"mask": (mask, terms), "clamp": ((-1.0, 1.5), None)}
+        sums = {"gram": True, "cross": True, "sums": True}
         shape = f"{rows}x{columns}"
         yield f"{shape} noise", (lambda a=(x, v, u), t=terms, o=base: ops.combine(a, t, **o))
         yield f"{shape} mask", (lambda a=(x, v, u), t=terms, o={**base, **extra}: ops.combine(a, t, **o))

@@ -1,7 +1,8 @@
-"""The border between torch and the kernels: two roads with the same bits, and every tensor that is not what it seems."""
+"""The border between torch and the kernels: two roads, the same bits, and tensors that are not what they seem."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import tracemalloc
@@ -205,9 +206,11 @@ REFUSED = {
     "seed": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0.5)), TypeError, ("seed", "float")),
     "seed tensor": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(torch.ones(2))), ValueError, ("seed", "(2,)")),
     "ids": (
-        lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, torch.arange(3))), ValueError, ("sample_ids", "2", "(3,)"),
+        lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, torch.arange(3))),
+        ValueError,
+        ("sample_ids", "(3,)"),
     ),
-    "ids dtype": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, torch.ones(2))), TypeError, ("sample_ids",)),
+    "ids dtype": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, X[:, 0])), TypeError, ("sample_ids",)),
 }  # fmt: skip
 
 
@@ -339,10 +342,8 @@ def test_ten_thousand_calls_leak_nothing():
         for _ in range(n // 20):
             ops.combine((x,), ((1.0, 1.0),), noise=Noise(seed), gram=True)
             ops.combine((x.T.contiguous().T,), ((1.0,), (2.0,)), out=(None, o))
-            try:
+            with contextlib.suppress(ValueError):
                 ops.combine((x, x[:1]), ((1.0, 1.0),), out=(o,))  # refused by the direct road, then in words
-            except ValueError:
-                pass
 
     calls(100)
     gc.collect()

@@ -148,7 +148,7 @@ def test_wider_than_a_launch(backend, J, K):
     torch.manual_seed(J * K)
     h = torch.randn(2)
     inputs = tuple(torch.randn(2, 30).to(HALF[j % 3]) for j in range(J))
-    matrix = tuple(tuple((float(j - k), h) if (j + k) % 3 else 0.0 for j in range(J)) + (0.5,) for k in range(K))
+    matrix = tuple((*((float(j - k), h) if (j + k) % 3 else 0.0 for j in range(J)), 0.5) for k in range(K))
     case = Case(inputs, matrix, 1, {"noise": ops.Noise(3), "clamp": ((-9.0, 9.0),) + (None,) * (K - 1)})
     result = run(case, backend, dtype=torch.float32)
     case.check(result, list(range(K)), torch.float32)

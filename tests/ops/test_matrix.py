@@ -1,4 +1,5 @@
-"""Every op, in {eager, compiled} x {forward, backward, jvp, jvp + backward, vmap}, against plain torch and by gradcheck."""
+"""Every op, {eager, compiled} x {forward, backward, jvp, jvp + backward, vmap}, against plain torch and by "
+"gradcheck."""
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from pyflowmap.ops.combine_operator import _apply  # noqa: F401  (registers the 
 from pyflowmap.reference import per_row
 
 B, EVENT = 3, (2, 5)
-MODES = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 def tensors(seed=0, dtype=torch.float64):
@@ -105,7 +105,7 @@ def _clamped_gram_torch(x, v, h):
 
 def _wide(x, v, h):
     inputs = tuple(x * (i + 1) for i in range(6)) + tuple(v * (i + 1) for i in range(5))
-    return ops.combine(inputs, (tuple(0.1 * i for i in range(10)) + (h,), (h,) * 11))
+    return ops.combine(inputs, ((*(0.1 * i for i in range(10)), h), (h,) * 11))
 
 
 def _wide_torch(x, v, h):
@@ -140,6 +140,12 @@ HEAVY = {"wide", "full_gram"}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
+def cells(cases=tuple(CASES), inductor="noise_gram"):
+    """All cases in eager and aot_eager; inductor, which takes a C++ compiler ten seconds a cell, on the richest one."""
+    quick = [(mode, case) for mode in ("eager", "aot_eager") for case in cases]
+    return pytest.mark.parametrize("mode, case", [*quick, pytest.param("inductor", inductor, marks=pytest.mark.slow)])
+
+
 def test_every_op_is_in_the_matrix():
     functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
     assert functions == set(OPS)
@@ -164,15 +170,13 @@ def total(values):
     return sum((w * y).sum() for w, y in zip(weights, values, strict=True))
 
 
-@every_case
-@pytest.mark.parametrize("mode", MODES)
+@cells()
 def test_forward(case, mode):
     ours, theirs = CASES[case]
     same(compiled(ours, mode)(*tensors()), theirs(*tensors()))
 
 
-@every_case
-@pytest.mark.parametrize("mode", MODES)
+@cells()
 def test_backward(case, mode):
     ours, theirs = CASES[case]
     grads = []
@@ -183,8 +187,7 @@ def test_backward(case, mode):
     same(*grads)
 
 
-@every_case
-@pytest.mark.parametrize("mode", MODES)
+@cells()
 def test_jvp(case, mode):
     """Also the guard against a tangent that is zero in silence: it must be non-zero wherever torch's is."""
     ours, theirs = CASES[case]
@@ -200,9 +203,8 @@ def test_jvp(case, mode):
     assert all((d != 0).any() for d in dy)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in HEAVY])
+@cells([c for c in CASES if c not in HEAVY])
 @pytest.mark.parametrize("through", ["primal", "tangent"])
-@pytest.mark.parametrize("mode", MODES)
 def test_jvp_and_backward(case, through, mode):
     """The gradient of a loss on the primal, and on the tangent (what MeanFlow with a full second order asks for)."""
     ours, theirs = CASES[case]
@@ -219,15 +221,14 @@ def test_jvp_and_backward(case, through, mode):
     same(*grads)
 
 
-@every_case
-@pytest.mark.parametrize("mode", MODES)
+@cells(inductor="gram")
 def test_vmap(case, mode):
     ours, theirs = CASES[case]
     stacked = [torch.stack(pair) for pair in zip(tensors(), tensors(1), strict=True)]
     function = compiled(lambda *a: torch.func.vmap(ours, in_dims=(0, 0, None))(*a), mode)
     arguments = (*stacked[:2], stacked[2][0])
     if case in DRAWS:
-        with pytest.raises(Exception, match="noise inside torch.func.vmap"):
+        with pytest.raises(Exception, match=r"noise inside torch\.func\.vmap"):
             function(*arguments)
         return
     got = function(*arguments)

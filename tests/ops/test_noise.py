@@ -129,8 +129,8 @@ def test_published_known_answers():
         assert tuple(int(w) for w in words) == answer
 
 
-# ---- is it normal? -----------------------------------------------------------------------------------------------------
-# Thresholds are p > 1e-4 or five standard errors of a fixed seed: a false alarm is no matter of luck, a wrong law is far off.
+# ---- is it normal? ---------------------------------------------------------------------------------------------------
+# Thresholds are p > 1e-4 or five standard errors, of a fixed seed: it passes always or never; a wrong law is far off.
 
 
 @pytest.fixture(scope="module")
