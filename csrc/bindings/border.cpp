@@ -183,7 +183,8 @@ bool bump_versions(PyObject* outputs_tuple) {
       if (!list) break;
     }
     Py_DECREF(written);
-    if (!(written = list)) return false;
+    written = list;
+    if (!written) return false;
     break;
   }
   PyObject* done = PyObject_CallOneArg(torch().increment_version, written);

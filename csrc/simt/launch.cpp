@@ -137,6 +137,7 @@ pyflowmap::Status run_grid(const char* name, const void* kernel, const Grid& gri
     work(*block);
   } else {
     std::vector<std::thread> helpers;
+    helpers.reserve(static_cast<std::size_t>(std::min(workers, count)));
     for (std::uint64_t i = 0; i < std::min(workers, count); ++i) {
       helpers.emplace_back([&work] {
         Block block;

@@ -48,7 +48,9 @@ void Arena::reset(unsigned char fill, std::size_t dynamic_bytes) {
   poison(base_, used_);
   if (under_tsan() && used_) {
     // A fresh mapping: otherwise the last block's accesses to these bytes would race with the new block's.
-    mmap(base_, round_up(used_, 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    void* again =
+        mmap(base_, round_up(used_, 4096), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    if (again == MAP_FAILED) throw std::bad_alloc();
   }
   arrays_.clear();
   used_ = total_ = 0;

@@ -112,7 +112,7 @@ void Block::wait_for_warp(const char* operation, unsigned mask, Complete complet
   thread.sync = nullptr;
   if (orders_memory) {
     for (int lane = 0; lane < 32 && first + lane < count_; ++lane) {
-      const Thread& other = threads_[static_cast<std::size_t>(first + lane)];
+      const Thread& other = threads_[static_cast<std::size_t>(first) + static_cast<std::size_t>(lane)];
       if (other.state != State::at_warp || other.mask != mask || other.complete != complete) continue;
       thread.sync = other.sync;
       break;
@@ -137,7 +137,7 @@ bool Block::complete_warp(const Thread& member) {
   int count = 0;
   for (int lane = 0; lane < 32; ++lane) {
     if (!(member.mask >> lane & 1u) || first + lane >= count_) continue;
-    Thread& other = threads_[static_cast<std::size_t>(first + lane)];
+    Thread& other = threads_[static_cast<std::size_t>(first) + static_cast<std::size_t>(lane)];
     if (other.state == State::exited) continue;
     if (other.state != State::at_warp || other.mask != member.mask || other.complete != member.complete) return false;
     payloads[lane] = other.payload;
@@ -153,7 +153,8 @@ unsigned Block::live_lanes() const {
   const int first = running->rank / 32 * 32;
   unsigned mask = 0;
   for (int lane = 0; lane < 32 && first + lane < count_; ++lane) {
-    if (threads_[static_cast<std::size_t>(first + lane)].state != State::exited) mask |= 1u << lane;
+    if (threads_[static_cast<std::size_t>(first) + static_cast<std::size_t>(lane)].state != State::exited)
+      mask |= 1u << lane;
   }
   return mask;
 }

@@ -174,7 +174,7 @@ def test_inference_mode():
 
 # ---- refused ---------------------------------------------------------------------------------------------------------
 
-X = torch.zeros(2, 3)
+X, IDS = torch.zeros(2, 3), torch.arange(3)
 REFUSED = {
     "integer": (lambda: ops.combine((X.long(),), ((1.0,),)), TypeError, ("inputs[0]", "int64")),
     "boolean": (lambda: ops.combine((X, X.bool()), ((1.0, 1.0),)), TypeError, ("inputs[1]", "bool")),
@@ -206,7 +206,7 @@ REFUSED = {
     "seed": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0.5)), TypeError, ("seed", "float")),
     "seed tensor": (lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(torch.ones(2))), ValueError, ("seed", "(2,)")),
     "ids": (
-        lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, torch.arange(3))),
+        lambda: ops.combine((X,), ((1.0, 1.0),), noise=Noise(0, 0, IDS)),
         ValueError,
         ("sample_ids", "(3,)"),
     ),
