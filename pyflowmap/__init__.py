@@ -7,9 +7,10 @@ from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
 from pyflowmap.checkpoint import load
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.installation import build_config
+from pyflowmap.installation import version as _version
 from pyflowmap.sampling import sample
 
-__version__ = "0.1.0"
+__version__ = _version()
 
 __all__ = [
     # the algebra

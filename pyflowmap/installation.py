@@ -13,6 +13,14 @@ from pyflowmap import _C
 from pyflowmap.ops import backend
 
 
+def version() -> str:
+    """The installed version; pyproject.toml is the one place where it is written."""
+    try:
+        return metadata.version("pyflowmap")
+    except metadata.PackageNotFoundError:
+        return "0+source"  # a source tree on the path that was never installed
+
+
 def _simt_is_built() -> bool:
     return any(Path(_C.__file__).parent.glob("_simt*"))
 
@@ -48,7 +56,7 @@ def build_config() -> dict[str, Any]:
     """
     core = _C.build()
     return {
-        "pyflowmap": metadata.version("pyflowmap"),
+        "pyflowmap": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.machine()} {platform.system()}",
