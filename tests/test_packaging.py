@@ -32,7 +32,7 @@ FLOORS = [
     (6, "training", "sampling", "data"),
     (5, "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),
-    (3, "interpolants", "schedules", "tangents", "algebra"),
+    (3, "interpolants", "schedules", "tangents", "algebra", "combination"),
     (2, "installation", "ops", "reference", "files"),
     (1, "_C", "_simt"),
 ]

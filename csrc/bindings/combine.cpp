@@ -41,16 +41,10 @@ Answer read_vector(Call& call, PyObject* object, Coefficient* c) {
   call.has_vectors = true;
   if (t.ndim == 0) return plain(call, object);
   if (t.ndim != call.layout.leading) return kNo;
-  bool first = true;
-  int64_t expected = 0;
-  for (int d = t.ndim - 1; d >= 0; --d) {
+  for (int d = 0; d < t.ndim; ++d) {
     if (t.shape[d] != call.layout.like.shape[d]) return kNo;
-    if (t.shape[d] == 1) continue;
-    if (first) c->stride = t.strides[d];
-    else if (t.strides[d] != expected) return kNo;
-    expected = t.strides[d] * t.shape[d];
-    first = false;
   }
+  if (!even_stride(t.shape, t.strides, t.ndim, &c->stride)) return kNo;
   return plain(call, object);
 }
 
@@ -94,32 +88,6 @@ Answer read_matrix(Call& call, PyObject* matrix, Coefficient (*to)[kMaxTerms]) {
 
 // ---- noise, mask, clamp, reductions -------------------------------------------------------------------------------
 
-// Positions in memory order -> `stride_of(dimension)` of the logical coordinates. Identity where that is what it is.
-template <class StrideOf> bool make_map(const Layout& layout, StrideOf stride_of, IndexMap* map) {
-  int64_t expected = 1;
-  bool identity = true;
-  for (int i = layout.inner - 1; i >= 0; --i) {
-    identity &= stride_of(layout.order[i]) == expected;
-    expected *= layout.like.shape[layout.order[i]];
-  }
-  map->dims = 0;
-  if (identity) return true;
-  for (int i = 0; i < layout.inner; ++i) {
-    const int d = layout.order[i];
-    const int64_t size = layout.like.shape[d], stride = stride_of(d);
-    const int last = map->dims - 1;
-    if (last >= 0 && map->stride[last] == stride * size) {  // two dimensions that step as one
-      map->size[last] *= size;
-      map->stride[last] = stride;
-      continue;
-    }
-    if (map->dims == kMaxDims) return false;
-    map->size[map->dims] = size;
-    map->stride[map->dims++] = stride;
-  }
-  return true;
-}
-
 Answer read_int64(Call& call, PyObject* object, int64_t count, const int64_t** to) {
   *to = nullptr;
   if (object == Py_None) return kYes;
@@ -155,7 +123,7 @@ Answer read_noise(Call& call, PyObject* tuple) {
     logical[d] = stride;
     stride *= layout.like.shape[d];
   }
-  return make_map(layout, [&](int d) { return logical[d]; }, &noise.logical) ? kYes : kNo;
+  return make_map(layout, logical, &noise.logical) ? kYes : kNo;
 }
 
 // (mask, coefficients B): the mask has the operands' dimensions, each of the same size or 1.
@@ -173,16 +141,8 @@ Answer read_mask(Call& call, PyObject* tuple) {
   }
   Mask& mask = call.p.mask;
   mask.data = t.data;
-  bool first = true;
-  int64_t expected = 0;
-  for (int d = layout.leading - 1; d >= 0; --d) {
-    if (layout.like.shape[d] == 1) continue;
-    if (first) mask.row_stride = strides[d];
-    else if (strides[d] != expected) return kNo;
-    expected = strides[d] * layout.like.shape[d];
-    first = false;
-  }
-  if (!make_map(layout, [&](int d) { return strides[d]; }, &mask.index)) return kNo;
+  if (!even_stride(layout.like.shape, strides, layout.leading, &mask.row_stride)) return kNo;
+  if (!make_map(layout, strides, &mask.index)) return kNo;
   const Answer answer = plain(call, PyTuple_GET_ITEM(tuple, 0));
   return answer == kYes ? read_matrix(call, PyTuple_GET_ITEM(tuple, 1), call.p.b) : answer;
 }

@@ -4,21 +4,6 @@
 namespace pyflowmap {
 namespace {
 
-// The stride between rows, if the leading dimensions step evenly.
-bool row_stride(const dlpack::Tensor& t, const Layout& layout, int64_t* stride) {
-  *stride = layout.columns;
-  bool first = true;
-  int64_t expected = 0;
-  for (int d = layout.leading - 1; d >= 0; --d) {
-    if (t.shape[d] == 1) continue;
-    if (first) *stride = t.strides[d];
-    else if (t.strides[d] != expected) return false;
-    expected = t.strides[d] * t.shape[d];
-    first = false;
-  }
-  return true;
-}
-
 bool fits(const dlpack::Tensor& t, const Layout& layout) {
   if (t.ndim != layout.like.ndim || !same_device(t, layout.like)) return false;
   for (int d = 0; d < t.ndim; ++d) {
@@ -74,6 +59,19 @@ bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
 }
 
+bool even_stride(const int64_t* shape, const int64_t* strides, int dims, int64_t* stride) {
+  bool first = true;
+  int64_t expected = 0;
+  for (int d = dims - 1; d >= 0; --d) {
+    if (shape[d] == 1) continue;
+    if (first) *stride = strides[d];
+    else if (strides[d] != expected) return false;
+    expected = strides[d] * shape[d];
+    first = false;
+  }
+  return true;
+}
+
 bool find_layout(const dlpack::Tensor& like, int leading, Layout* layout) {
   if (leading > like.ndim || like.ndim > 64) return false;
   layout->like = like;
@@ -105,7 +103,9 @@ bool find_layout(const dlpack::Tensor& like, int leading, Layout* layout) {
 
 bool read_operand(const dlpack::Tensor& t, const Layout& layout, Operand* out) {
   out->data = t.data;
-  return fits(t, layout) && storage_type(t, &out->dtype) && row_stride(t, layout, &out->row_stride);
+  out->row_stride = layout.columns;  // a single row
+  return fits(t, layout) && storage_type(t, &out->dtype) &&
+         even_stride(t.shape, t.strides, layout.leading, &out->row_stride);
 }
 
 bool aliasing_is_fine(const Operand* x, int inputs, const Operand* y, int outputs, const Layout& layout) {
@@ -123,6 +123,31 @@ bool aliasing_is_fine(const Operand* x, int inputs, const Operand* y, int output
     for (int l = 0; l < k; ++l) {
       if (y[l].data && overlap(span, span_of(y[l], layout))) return false;
     }
+  }
+  return true;
+}
+
+bool make_map(const Layout& layout, const int64_t* strides, IndexMap* map) {
+  int64_t expected = 1;
+  bool identity = true;
+  for (int i = layout.inner - 1; i >= 0; --i) {
+    identity &= strides[layout.order[i]] == expected;
+    expected *= layout.like.shape[layout.order[i]];
+  }
+  map->dims = 0;
+  if (identity) return true;
+  for (int i = 0; i < layout.inner; ++i) {
+    const int d = layout.order[i];
+    const int64_t size = layout.like.shape[d], stride = strides[d];
+    const int last = map->dims - 1;
+    if (last >= 0 && map->stride[last] == stride * size) {  // two dimensions that step as one
+      map->size[last] *= size;
+      map->stride[last] = stride;
+      continue;
+    }
+    if (map->dims == kMaxDims) return false;
+    map->size[map->dims] = size;
+    map->stride[map->dims++] = stride;
   }
   return true;
 }

@@ -25,6 +25,12 @@ bool same_device(const dlpack::Tensor& a, const dlpack::Tensor& b);
 // Sorts the inner dimensions by stride and checks that they are dense: a row is one run of memory.
 bool find_layout(const dlpack::Tensor& like, int leading, Layout* layout);
 
+// Whether `dims` dimensions step as one; their stride (untouched where all have size 1).
+bool even_stride(const int64_t* shape, const int64_t* strides, int dims, int64_t* stride);
+
+// Positions of a row in memory order -> the index with the given strides per dimension; the identity where it is that.
+bool make_map(const Layout& layout, const int64_t* strides, IndexMap* map);
+
 // Checks shape, device and order against the layout; finds the stride between rows.
 bool read_operand(const dlpack::Tensor& t, const Layout& layout, Operand* out);
 

@@ -6,6 +6,7 @@
 // 16, so the order of a sum does not depend on the instruction set.
 #include "combine/combine_isa.h"
 
+#include "combine/index_walker.h"
 #include "common/normals.h"
 
 #if defined(__SSE2__)
@@ -73,37 +74,6 @@ PFM_INLINE void write(const Operand& y, int64_t at, const double* from, int n) {
 PFM_INLINE bool stored_as(const Operand& y, float) { return y.dtype == DType::f32; }
 PFM_INLINE bool stored_as(const Operand&, double) { return true; }
 
-// Walks the positions of a row and yields their mapped index.
-struct MapWalker {
-  const IndexMap& map;
-  int64_t digit[kMaxDims];
-  int64_t index = 0;
-
-  static inline __attribute__((always_inline)) MapWalker at(const IndexMap& map, int64_t position) {
-    MapWalker walker{map, {}, 0};
-    for (int d = map.dims - 1; d >= 0; --d) {
-      walker.digit[d] = position % map.size[d];
-      position /= map.size[d];
-      walker.index += walker.digit[d] * map.stride[d];
-    }
-    if (map.dims == 0) walker.index = position;
-    return walker;
-  }
-
-  inline __attribute__((always_inline)) void advance() {
-    if (map.dims == 0) {
-      ++index;
-      return;
-    }
-    for (int d = map.dims - 1; d >= 0; --d) {
-      index += map.stride[d];
-      if (++digit[d] < map.size[d]) return;
-      index -= digit[d] * map.stride[d];
-      digit[d] = 0;
-    }
-  }
-};
-
 template <class A> PFM_INLINE const A* read_mask(const Mask& mask, int64_t row, int64_t position, int n, A* space) {
   const A* data = static_cast<const A*>(mask.data) + row * mask.row_stride;
   if (mask.index.dims == 0) return data + position;
@@ -111,7 +81,7 @@ template <class A> PFM_INLINE const A* read_mask(const Mask& mask, int64_t row, 
   const int inner = mask.index.dims - 1;
   const int64_t size = mask.index.size[inner], stride = mask.index.stride[inner];
   for (int i = 0; i < n;) {
-    const MapWalker walker = MapWalker::at(mask.index, position + i);
+    const IndexWalker walker = IndexWalker::at(mask.index, position + i);
     const int64_t left = size - walker.digit[inner];
     const int run = static_cast<int>(left < n - i ? left : n - i);
     const A* from = data + walker.index;
@@ -148,7 +118,7 @@ PFM_INLINE void draw(const CombineParams& p, int64_t row, int64_t position, int 
     for (int i = 0; i < n; ++i) to[i] = static_cast<A>(normal[skip + i]);
     return;
   }
-  MapWalker walker = MapWalker::at(noise.logical, position);
+  IndexWalker walker = IndexWalker::at(noise.logical, position);
   for (int i = 0; i < n; ++i, walker.advance()) {
     const int64_t element = base + walker.index;
     float four[4];

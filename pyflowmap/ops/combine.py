@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyflowmap.ops.backend import direct
 from pyflowmap.ops.combine_call import Call, check_aliasing, check_noise, check_tensor, matrix_of
-from pyflowmap.ops.combine_operator import needs_operator
+from pyflowmap.ops.combine_roads import needs_operator
 from pyflowmap.ops.combine_run import run
 from pyflowmap.ops.combine_split import dispatch_wide
 from pyflowmap.reference import Coefficient, Combined, Noise

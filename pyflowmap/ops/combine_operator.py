@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyflowmap.ops.combine_call import STORAGE, Call, Entry, Matrix
+from pyflowmap.ops.combine_call import STORAGE, Call, Matrix
 from pyflowmap.ops.combine_run import new_output, new_reductions, run
 from pyflowmap.reference import Combined, Noise
 
@@ -115,6 +115,11 @@ def _signed(value: int) -> int:
     return value  # symbolic: within int64 already
 
 
+def index_of(matrix: Matrix, vectors: Sequence[Tensor]) -> tuple[int, ...]:
+    place = {id(v): i for i, v in enumerate(vectors)}
+    return tuple(-1 if v is None else place[id(v)] for row in matrix for _, v in row)
+
+
 def apply(call: Call) -> Combined:
     """The differentiable, traceable road."""
     vectors = call.vectors()
@@ -126,8 +131,8 @@ def apply(call: Call) -> Combined:
         call.noise is not None,
         noise.sample_dims,
         call.leading,
-        _index_of(call.matrix, vectors),
-        _index_of(call.mask_matrix or (), vectors),
+        index_of(call.matrix, vectors),
+        index_of(call.mask_matrix or (), vectors),
         tuple(c is not None for c in clamp),
         tuple(float(b) for c in clamp for b in (c or (0.0, 0.0))),
         tuple(STORAGE.index(d) for d in call.dtypes),
@@ -151,16 +156,16 @@ def apply(call: Call) -> Combined:
         *call.inputs,
         *(v.expand(lead) if v.ndim == 0 else v for v in vectors),
     )
-    return _unflatten(static, flat)
+    return unflatten(static, flat)
 
 
-def _unflatten(s: Any, flat: Sequence[Any]) -> Combined:
+def unflatten(s: Any, flat: Sequence[Any]) -> Combined:
     rest = iter(flat)
     outputs = tuple(next(rest) for kept in s.store if kept)
     return Combined(outputs, *(next(rest) if asked else None for asked in (s.gram, s.cross, s.sums)))
 
 
-def _flatten(result: Combined) -> tuple[Tensor, ...]:
+def flatten(result: Combined) -> tuple[Tensor, ...]:
     return (*result.outputs, *(r for r in result[1:] if r is not None))
 
 
@@ -226,7 +231,7 @@ def _operator(body: Callable[[Call], Combined]) -> Callable[..., list[Tensor]]:
             if noise
             else None
         )
-        return list(_flatten(body(_call(static, inputs, vectors, scalars, like, mask, mask_scalars, field))))
+        return list(flatten(body(_call(static, inputs, vectors, scalars, like, mask, mask_scalars, field))))
 
     return function
 
@@ -304,7 +309,7 @@ class _Combine(torch.autograd.Function):
         needs = ctx.needs_input_grad[10:]
         call, vectors = _Combine.restore(ctx)
         found = gradients(
-            call, vectors, s.vector_index, _unflatten(s, grads), needs[: s.input_count], needs[s.input_count :]
+            call, vectors, s.vector_index, unflatten(s, grads), needs[: s.input_count], needs[s.input_count :]
         )
         return (None,) * 10 + found
 
@@ -317,7 +322,7 @@ class _Combine(torch.autograd.Function):
             raise ValueError("combine: mask has no tangent here; detach it, or write it as an operand")
         call, _ = _Combine.restore(ctx)
         d_tensors = tangents[10:]
-        return _flatten(tangent(call, s.vector_index, d_tensors[: s.input_count], d_tensors[s.input_count :]))
+        return flatten(tangent(call, s.vector_index, d_tensors[: s.input_count], d_tensors[s.input_count :]))
 
     @staticmethod
     def vmap(
@@ -363,114 +368,3 @@ class _Combine(torch.autograd.Function):
             *(batched(x, d) for x, d in zip(tensors, dims, strict=True)),
         )
         return flat, (0,) * len(flat)
-
-
-class _Recorded(torch.autograd.Function):
-    """What `_Combine` is to a tracer, for a plain eager call: nothing but the tape, a third of the time."""
-
-    @staticmethod
-    def forward(ctx, call, index, *tensors):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, call.like, call.mask)
-        bare = lambda matrix: tuple(tuple((scalar, None) for scalar, _ in row) for row in matrix)  # noqa: E731
-        ctx.index = index
-        ctx.call = call._replace(
-            inputs=call.inputs[:0],
-            matrix=bare(call.matrix),
-            like=None,
-            mask=None,
-            mask_matrix=call.mask_matrix and bare(call.mask_matrix),
-        )
-        ctx.count = len(call.inputs)
-        return _flatten(run(call))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        from pyflowmap.ops.combine_derivatives import gradients
-
-        *tensors, like, mask = ctx.saved_tensors
-        inputs, vectors = tensors[: ctx.count], tensors[ctx.count :]
-        (index, mask_index), call = ctx.index, ctx.call
-
-        def with_vectors(matrix: Matrix, places: Sequence[int]) -> Matrix:
-            place = iter(places)
-            return tuple(
-                tuple((scalar, vectors[i] if (i := next(place)) >= 0 else None) for scalar, _ in row) for row in matrix
-            )
-
-        call = call._replace(
-            inputs=tuple(inputs),
-            matrix=with_vectors(call.matrix, index),
-            like=like,
-            mask=mask,
-            mask_matrix=None if call.mask_matrix is None else with_vectors(call.mask_matrix, mask_index),
-        )
-        static = _Shape(call.store, call.gram, call.cross, call.sums)
-        needs = ctx.needs_input_grad[2:]
-        return (
-            None,
-            None,
-            *gradients(call, vectors, index, _unflatten(static, grads), needs[: ctx.count], needs[ctx.count :]),
-        )
-
-
-class _Shape(NamedTuple):
-    """What `_unflatten` asks of a Static."""
-
-    store: tuple[bool, ...]
-    gram: bool
-    cross: bool
-    sums: bool
-
-
-def _index_of(matrix: Matrix, vectors: Sequence[Tensor]) -> tuple[int, ...]:
-    place = {id(v): i for i, v in enumerate(vectors)}
-    return tuple(-1 if v is None else place[id(v)] for row in matrix for _, v in row)
-
-
-def record(call: Call) -> Combined:
-    """The eager road with a gradient: one launch and one node on the tape."""
-    vectors = call.vectors()
-    lead = call.like.shape[: call.leading]
-    index = _index_of(call.matrix, vectors), _index_of(call.mask_matrix or (), vectors)
-    wide = [v.expand(lead) if v.ndim == 0 else v for v in vectors]
-    flat = _Recorded.apply(call, index, *call.inputs, *wide)
-    return _unflatten(_Shape(call.store, call.gram, call.cross, call.sums), flat)
-
-
-def _is_watched() -> bool:
-    """Whether functorch, forward-mode AD, a dispatch mode or a tracer wants to see every operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    return [*call.inputs, *call.vectors(), *(() if call.mask is None else (call.mask,))]
-
-
-def _is_exact(call: Call) -> bool:
-    return all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in (*_tensors(call), call.like))
-
-
-def _needs_grad(call: Call) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(call))
-
-
-def needs_operator(call: Call) -> bool:
-    """Whether anyone watches: autograd, functorch, forward-mode AD, a dispatch mode, the tracer, a tensor subclass."""
-    return _is_watched() or not _is_exact(call) or _needs_grad(call)
-
-
-def dispatch(call: Call) -> Combined:
-    """The road that this call needs."""
-    if _is_watched() or not _is_exact(call):
-        return apply(call)
-    return record(call) if _needs_grad(call) else run(call)
-
-
-__all__ = ["Entry", "apply", "dispatch", "needs_operator", "record"]

@@ -62,7 +62,7 @@ def run(call: Call, out: Sequence[Tensor | None] | None = None) -> Combined:
         )
     noise = call.noise
     options = (
-        None if noise is None else _noise_tuple(noise),
+        None if noise is None else noise_tuple(noise),
         None if call.mask is None else (call.mask.to(call.accumulator), call.mask_matrix),
         call.clamp,
         *reductions,
@@ -124,7 +124,7 @@ def _simple_factors(call: Call, contiguous: bool) -> Call:
     )
 
 
-def _noise_tuple(noise: reference.Noise) -> tuple[object, ...]:
+def noise_tuple(noise: reference.Noise) -> tuple[object, ...]:
     seed, stream = noise.seed, noise.stream
     return (
         0 if isinstance(seed, Tensor) else int(seed),

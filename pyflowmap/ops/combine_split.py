@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from pyflowmap.ops.combine_call import MAX_INPUTS, MAX_OUTPUTS, Call, Entry, Matrix
-from pyflowmap.ops.combine_operator import dispatch
+from pyflowmap.ops.combine_roads import dispatch, needs_operator
 from pyflowmap.reference import Combined
 
 _GROUP = 4
@@ -87,8 +87,6 @@ def _narrow(call: Call) -> Combined:
 def _dispatch_decomposed(call: Call) -> Combined:
     """Inner products of masked or clamped combinations are differentiated in two steps; without gradients one "
     "launch does both."""
-    from pyflowmap.ops.combine_operator import needs_operator
-
     reduced = call.gram or call.cross or call.sums
     if not (reduced and (call.mask is not None or call.clamp is not None) and needs_operator(call)):
         return dispatch(call)

@@ -93,14 +93,16 @@ def test_conj_and_neg_views():
     with pytest.raises(TypeError) as error:
         ops.combine((z.conj(),), ((1.0,),))
     one_line(error, "inputs[0]", "complex64")
-    neg = z.conj().imag  # carries the negative bit: its memory holds the wrong sign
-    assert neg.is_neg()
-    for out in (None, (torch.empty(2, 3),)):
+    # both carry the negative bit, so that their memory holds the wrong sign; the second is dense, as kernels like it
+    for neg in (z.conj().imag, torch._neg_view(torch.randn(2, 3))):
+        assert neg.is_neg()
+        for out in (None, (torch.empty(2, 3),)):
+            with pytest.raises(ValueError) as error:
+                ops.combine((neg,), ((1.0,),), out=out)
+            one_line(error, "inputs[0]", "resolve_neg")
         with pytest.raises(ValueError) as error:
-            ops.combine((neg,), ((1.0,),), out=out)
-        one_line(error, "inputs[0]", "resolve_neg")
-    with pytest.raises(ValueError):
-        ops.combine((torch.zeros(2, 3),), ((1.0,),), out=(neg,))
+            ops.combine((torch.zeros(2, 3),), ((1.0,),), out=(neg,))
+        one_line(error, "out[0]", "resolve_neg")
 
 
 @pytest.mark.parametrize("out", [False, True])
