@@ -50,6 +50,22 @@ bool rows_are_one(const CombineParams& p) {
   return true;
 }
 
+bool is_direct(const CombineParams& p, const CombinePlan& plan) {
+  if (p.outputs > 2 || plan.reductions > 0 || p.noise.present || p.mask.data) return false;
+  bool direct = true, wide = false, single = false;
+  const auto look = [&](const Operand& x) {
+    wide |= x.dtype == DType::f64;
+    single |= x.dtype == DType::f32;
+    direct &= x.data && (x.dtype == DType::f32 || x.dtype == DType::f64);
+  };
+  for (int j = 0; j < p.inputs; ++j) look(p.x[j]);
+  for (int k = 0; k < p.outputs; ++k) {
+    look(p.y[k]);
+    direct &= !plan.stage[k] && !p.clamp[k];
+  }
+  return direct && wide != single;
+}
+
 int reductions(const CombineParams& p) {
   const int terms = p.inputs + (p.noise.present ? 1 : 0);
   return (p.gram ? p.outputs * (p.outputs + 1) / 2 : 0) + (p.cross ? p.outputs * terms : 0) + (p.sums ? p.outputs : 0);
@@ -112,6 +128,7 @@ Status combine_cpu(const CombineParams& p) {
         reinterpret_cast<uintptr_t>(p.y[k].data) % 64 == 0 && p.y[k].row_stride * size_of(p.y[k].dtype) % 64 == 0;
     plan.stream[k] = lines && bytes >= kStreamBytes;
   }
+  plan.direct = is_direct(p, plan);
   const int64_t units = p.rows * plan.units_per_row;
   std::vector<double> partials;
   if (plan.reductions > 0) {

@@ -6,12 +6,9 @@
 // 16, so the order of a sum does not depend on the instruction set.
 #include "combine/combine_isa.h"
 
+#include "combine/combine_terms.h"
 #include "combine/index_walker.h"
 #include "common/normals.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 #ifndef PYFLOWMAP_ISA
 #define PYFLOWMAP_ISA base
@@ -23,10 +20,6 @@ namespace {
 constexpr int kChunk = 512;
 constexpr int kSumLanes = 16;
 constexpr int kShortRow = 32;  // rows of a policy or a 2-D toy: a whole run of 256 normals would be wasted
-
-template <class A> struct Wide;
-template <> struct Wide<float> { typedef float type __attribute__((vector_size(64))); };
-template <> struct Wide<double> { typedef double type __attribute__((vector_size(64))); };
 
 template <class A> struct Sum;
 template <> struct Sum<float> { typedef float type __attribute__((vector_size(64))); };
@@ -127,88 +120,6 @@ PFM_INLINE void draw(const CombineParams& p, int64_t row, int64_t position, int 
   }
 }
 
-// ---- one output ---------------------------------------------------------------------------------------------------
-
-// The destination is aligned to 64 bytes (combine.cpp asks for streaming only then).
-PFM_INLINE void store_past_cache(float* to, const Wide<float>::type& v) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(to, (__m512)v);
-#elif defined(__AVX__)
-  __m256 half[2];
-  memcpy(half, &v, 64);
-  _mm256_stream_ps(to, half[0]);
-  _mm256_stream_ps(to + 8, half[1]);
-#elif defined(__SSE2__)
-  __m128 quarter[4];
-  memcpy(quarter, &v, 64);
-  for (int i = 0; i < 4; ++i) _mm_stream_ps(to + 4 * i, quarter[i]);
-#else
-  memcpy(to, &v, 64);
-#endif
-}
-PFM_INLINE void store_past_cache(double* to, const Wide<double>::type& v) { memcpy(to, &v, 64); }
-
-template <class A, int T, bool Stream>
-PFM_INLINE void combine_terms(A* to, const A* const* terms, const A* coefficients, int n) {
-  using V = typename Wide<A>::type;
-  constexpr int kWidth = 64 / static_cast<int>(sizeof(A));
-  const A* x[T];
-  A c[T];
-  for (int t = 0; t < T; ++t) {
-    x[t] = terms[t];
-    c[t] = coefficients[t];
-  }
-  int i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    V v, sum;
-    memcpy(&v, x[0] + i, 64);
-    sum = c[0] * v;
-    for (int t = 1; t < T; ++t) {
-      memcpy(&v, x[t] + i, 64);
-      sum += c[t] * v;
-    }
-    if (Stream) store_past_cache(to + i, sum);
-    else memcpy(to + i, &sum, 64);
-  }
-  for (; i < n; ++i) {
-    A sum = c[0] * x[0][i];
-    for (int t = 1; t < T; ++t) sum += c[t] * x[t][i];
-    to[i] = sum;
-  }
-}
-
-template <class A, bool Stream>
-PFM_INLINE void combine_chunk(A* to, const A* const* terms, const A* coefficients, int count, int n) {
-  switch (count) {
-    case 0:
-      for (int i = 0; i < n; ++i) to[i] = A(0);
-      break;
-    case 1: combine_terms<A, 1, Stream>(to, terms, coefficients, n); break;
-    case 2: combine_terms<A, 2, Stream>(to, terms, coefficients, n); break;
-    case 3: combine_terms<A, 3, Stream>(to, terms, coefficients, n); break;
-    case 4: combine_terms<A, 4, Stream>(to, terms, coefficients, n); break;
-    case 5: combine_terms<A, 5, Stream>(to, terms, coefficients, n); break;
-    case 6: combine_terms<A, 6, Stream>(to, terms, coefficients, n); break;
-    case 7: combine_terms<A, 7, Stream>(to, terms, coefficients, n); break;
-    case 8: combine_terms<A, 8, Stream>(to, terms, coefficients, n); break;
-    default: combine_terms<A, 9, Stream>(to, terms, coefficients, n); break;
-  }
-}
-
-template <class A>
-PFM_INLINE void combine_masked(A* to, const A* const* terms, const A* a, const A* b, const A* mask, int count, int n) {
-  for (int i = 0; i < n; ++i) to[i] = A(0);
-  for (int t = 0; t < count; ++t) {
-    const A* x = terms[t];
-    const A at = a[t], bt = b[t];
-    for (int i = 0; i < n; ++i) {
-      const A c = at + mask[i] * bt;
-      const A term = c * x[i];
-      to[i] += c == A(0) ? A(0) : term;
-    }
-  }
-}
-
 // ---- reductions ---------------------------------------------------------------------------------------------------
 
 template <class A> PFM_INLINE double fold(const typename Sum<A>::type& lanes) {
@@ -277,7 +188,36 @@ template <class A> struct RowTerms {
   int term[kMaxOutputs][kMaxTerms];  // index into x; kMaxInputs is the noise
   A a[kMaxOutputs][kMaxTerms], b[kMaxOutputs][kMaxTerms];
   bool needed[kMaxTerms];
+  int pair = 0;  // terms of the first two outputs together, where one loop can do both; else 0
+  int pair_term[kMaxTerms];
+  A pair_a[2][kMaxTerms];
 };
+
+constexpr int kMaxPair = 6;  // more terms than registers hold are faster one output at a time
+
+// Whether one loop can do the first two outputs: plain stores, and terms in both.
+template <class A> PFM_INLINE void form_pair(const CombineParams& p, const CombinePlan& plan, RowTerms<A>& terms) {
+  terms.pair = 0;
+  if (p.outputs < 2 || p.mask.data || terms.count[0] == 0 || terms.count[1] == 0) return;
+  for (int k = 0; k < 2; ++k) {
+    if (!p.y[k].data || !stored_as(p.y[k], A(0)) || plan.stage[k] || p.clamp[k]) return;
+  }
+  int count = 0;
+  for (int j = 0; j < kMaxTerms; ++j) {
+    A a[2] = {A(0), A(0)};
+    for (int k = 0; k < 2; ++k) {
+      for (int t = 0; t < terms.count[k]; ++t) {
+        if (terms.term[k][t] == j) a[k] = terms.a[k][t];
+      }
+    }
+    if (a[0] == A(0) && a[1] == A(0)) continue;
+    terms.pair_term[count] = j;
+    terms.pair_a[0][count] = a[0];
+    terms.pair_a[1][count] = a[1];
+    ++count;
+  }
+  if (count >= 2 && count <= kMaxPair) terms.pair = count;
+}
 
 template <class A> PFM_INLINE void form_terms(const CombineParams& p, int64_t row, RowTerms<A>& terms) {
   for (int j = 0; j <= kMaxInputs; ++j)
@@ -303,8 +243,10 @@ template <class A> PFM_INLINE void form_terms(const CombineParams& p, int64_t ro
 template <class A>
 void combine_unit(const CombineParams& p, const CombinePlan& plan, const RowTerms<A>& terms, int64_t row, int64_t begin,
                   int64_t end, double* partial, Scratch<A>& scratch) {
-  for (int64_t position = begin; position < end; position += kChunk) {
-    const int n = static_cast<int>(end - position < kChunk ? end - position : kChunk);
+  // Where nothing passes through scratch there is no reason to stop after a chunk.
+  const int64_t step = plan.direct && (p.outputs == 1 || terms.pair > 0) ? end - begin : kChunk;
+  for (int64_t position = begin; position < end; position += step) {
+    const int n = static_cast<int>(end - position < step ? end - position : step);
     const A* x[kMaxTerms] = {};
     for (int j = 0; j < p.inputs; ++j) {
       if (terms.needed[j]) x[j] = read(p.x[j], row * p.x[j].row_stride + position, n, scratch.x[j]);
@@ -316,7 +258,20 @@ void combine_unit(const CombineParams& p, const CombinePlan& plan, const RowTerm
     const A* mask = p.mask.data ? read_mask(p.mask, row, position, n, scratch.mask) : nullptr;
 
     const A* y[kMaxOutputs];
-    for (int k = 0; k < p.outputs; ++k) {
+    if (terms.pair > 0) {
+      const A* term[kMaxTerms];
+      for (int t = 0; t < terms.pair; ++t) term[t] = x[terms.pair_term[t]];
+      A* to[2];
+      for (int k = 0; k < 2; ++k) to[k] = static_cast<A*>(p.y[k].data) + row * p.y[k].row_stride + position;
+      if (plan.stream[0] && plan.stream[1]) {
+        combine_pair<A, true>(to[0], to[1], term, terms.pair_a[0], terms.pair_a[1], terms.pair, n);
+      } else {
+        combine_pair<A, false>(to[0], to[1], term, terms.pair_a[0], terms.pair_a[1], terms.pair, n);
+      }
+      y[0] = to[0];
+      y[1] = to[1];
+    }
+    for (int k = terms.pair > 0 ? 2 : 0; k < p.outputs; ++k) {
       const Operand& out = p.y[k];
       const bool selects = !out.data && !mask && !p.clamp[k] && terms.count[k] == 1 && terms.a[k][0] == A(1);
       if (selects) {  // an input that only enters the inner products: nothing to copy
@@ -354,7 +309,10 @@ void run(const CombineParams& p, const CombinePlan& plan, int64_t first_unit, in
     const int64_t row = unit / plan.units_per_row;
     const int64_t begin = (unit % plan.units_per_row) * plan.columns_per_unit;
     const int64_t end = begin + plan.columns_per_unit < p.columns ? begin + plan.columns_per_unit : p.columns;
-    if (row != formed) form_terms(p, row, terms);
+    if (row != formed) {
+      form_terms(p, row, terms);
+      form_pair(p, plan, terms);
+    }
     formed = row;
     combine_unit(p, plan, terms, row, begin, end, plan.partials ? plan.partials + unit * plan.reductions : nullptr,
                  scratch);

@@ -10,6 +10,7 @@ struct CombinePlan {
   int64_t columns_per_unit = 0, units_per_row = 0;
   bool stage[kMaxOutputs] = {};   // an output that another output still has to read as an input is stored last
   bool stream[kMaxOutputs] = {};  // stores bypass the cache: the output is too large to be found there again
+  bool direct = false;            // one or two outputs, all operands stored as the arithmetic type, nothing but terms
   int reductions = 0;             // gram (upper triangle, row by row), cross, sums: numbers per unit
   double* partials = nullptr;     // [rows * units_per_row, reductions]
 };

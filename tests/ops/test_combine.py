@@ -14,6 +14,8 @@ from tolerance import CHAIN, assert_within, bound
 from pyflowmap import ops, reference
 from pyflowmap.reference import Combined
 
+pytestmark = pytest.mark.sanitizer  # kernels: run again under ASan, UBSan and TSan by `make sanitize`
+
 
 def move(value, device):
     if isinstance(value, torch.Tensor):

@@ -12,6 +12,8 @@ from tolerance import NORMAL
 from pyflowmap import ops, reference
 from pyflowmap.ops import Noise
 
+pytestmark = pytest.mark.sanitizer  # kernels: run again under ASan, UBSan and TSan by `make sanitize`
+
 
 def field(backend, shape, seed, ids=None, stream=0, leading=1, sample_dims=1, memory_format=torch.contiguous_format):
     like = torch.empty(shape, device=backend.device).contiguous(memory_format=memory_format)
