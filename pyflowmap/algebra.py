@@ -11,6 +11,7 @@ per-frame times. It is never broadcast over the last ones, as torch's own `h * x
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,6 +61,8 @@ def noise(
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=first.device)
         else:
             seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+    elif not isinstance(seed, (int, Tensor, torch.SymInt)):
+        seed = operator.index(seed)  # numpy's integers
     field = NoiseField(first.detach(), Noise(seed, stream, sample_ids, min(1, first.ndim)))
     return Lazy((field,), (1.0,), (None,))
 

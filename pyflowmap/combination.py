@@ -166,6 +166,8 @@ class Lazy:
     def __truediv__(self, h: Scalar) -> Lazy:
         if isinstance(h, Lazy):
             raise TypeError("the quotient of two lazy combinations is not linear; pfm.evaluate one of them")
+        if isinstance(h, Tensor) and h.dtype != torch.float64:
+            h = h.to(torch.float32)  # the reciprocal of a bfloat16 would be rounded once too often
         return self * (1.0 / h)
 
 
