@@ -30,4 +30,4 @@ if [ "$sanitizer" = thread ] && setarch "$(uname -m)" -R true 2>/dev/null; then
 fi
 echo "== tests under -fsanitize=$sanitizer"
 PYTHONPATH=tools LD_PRELOAD="$("$compiler" -print-file-name=$library)" \
-  "${wrap[@]}" "$python" -m pytest -p core_from -m sanitizer --ignore=tests/simt -p no:cacheprovider -p no:benchmark "$@"
+  "${wrap[@]}" "$python" -m pytest -p core_from -m sanitizer --ignore=tests/simt -p no:cacheprovider -p no:benchmark --capture=sys "$@"  # reports go to stderr itself

@@ -182,7 +182,7 @@ Status combine_cuda(const CombineParams& params, int device, void* stream_pointe
   set_arguments(&arguments, p, width);
   Status status;
   if (extras) {
-    set_factors(&arguments.b, p, p.b);
+    if (p.mask.data) set_factors(&arguments.b, p, p.b);
     arguments.noise = p.noise;
     arguments.mask = p.mask;
     // A wide Gram matrix without a cross Gram runs on the kernel that has both.
