@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowmap.combination import Lazy, NoiseField, plus, promoted, shapes_differ
+from pyflowmap.combination import Lazy, NoiseField, promoted, shapes_differ
 from pyflowmap.ops.backend import direct
 from pyflowmap.ops.combine import combine as combine_op
 from pyflowmap.ops.combine_run import noise_tuple
@@ -158,7 +158,7 @@ def per_sample(h: Tensor, x: Tensor | Lazy) -> Tensor:
 
 
 def _check_versions(term: Lazy) -> None:
-    for x, version in zip(term.operands, term.versions, strict=True):
+    for x, version in zip(term.operands, term.versions):
         if version is not None and x._version != version:
             raise RuntimeError(
                 f"an operand {tuple(x.shape)} of this combination was overwritten after pfm.lazy(...) (version "
@@ -169,37 +169,41 @@ def _check_versions(term: Lazy) -> None:
 
 def _union(terms: Sequence[Lazy]) -> tuple[tuple[Tensor, ...], tuple[tuple[Any, ...], ...], NoiseField | None, int]:
     """Operands of all combinations, each once, and the matrix over them; the noise is its last column."""
-    compiling = _is_tracing()
+    tracing = _is_tracing()
+    columns: dict[int, int] = {}
     operands: list[Tensor] = []
     field: NoiseField | None = None
     leading = 1
     shape = terms[0].shape
     for term in terms:
-        if not compiling:
+        if not tracing:
             _check_versions(term)
-        for x, c in zip(term.operands, term.coefficients, strict=True):
-            own = x.like.shape if type(x) is NoiseField else x.shape
-            if own != shape:
-                shapes_differ(shape, own)
+        for c in term.coefficients:
             if type(c) is tuple and c[1].ndim > leading:
                 leading = c[1].ndim
+        for x in term.operands:
             if type(x) is NoiseField:
+                if x.like.shape != shape:
+                    shapes_differ(shape, x.like.shape)
                 if field is not None and not field.same_as(x):
                     raise ValueError(
                         "combinations evaluated together can hold one noise field only; evaluate one of the two first"
                     )
                 field = x
-            elif not any([x is y for y in operands]):  # noqa: C419
+            elif id(x) not in columns:
+                if x.shape != shape:
+                    shapes_differ(shape, x.shape)
+                columns[id(x)] = len(operands)
                 operands.append(x)
-    leading = min(leading, terms[0].ndim)
+    leading = min(leading, len(shape))
+    count = len(operands)
     rows = []
     for term in terms:
-        row: list[Any] = [0.0] * (len(operands) + (field is not None))
-        for x, c in zip(term.operands, term.coefficients, strict=True):
-            place = len(operands) if type(x) is NoiseField else next(i for i, y in enumerate(operands) if y is x)
-            row[place] = plus(row[place], c) if row[place] != 0.0 else c
+        row: list[Any] = [0.0] * (count + 1 if field is not None else count)
+        for x, c in zip(term.operands, term.coefficients):
+            row[count if type(x) is NoiseField else columns[id(x)]] = c
         if leading > 1:  # a (B,) factor beside (B, F) ones
-            row = [(c[0], _raised(c[1], term.shape[:leading])) if type(c) is tuple else c for c in row]
+            row = [(c[0], _raised(c[1], shape[:leading])) if type(c) is tuple else c for c in row]
         rows.append(tuple(row))
     return tuple(operands), tuple(rows), field, leading
 

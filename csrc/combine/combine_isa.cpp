@@ -86,6 +86,9 @@ template <class A> PFM_INLINE const A* read_mask(const Mask& mask, int64_t row, 
   return space;
 }
 
+PFM_INLINE float* as_float(float* x) { return x; }
+PFM_INLINE float* as_float(double*) { return nullptr; }
+
 template <class A>
 PFM_INLINE void draw(const CombineParams& p, int64_t row, int64_t position, int n, A* to, float* normal) {
   const Noise& noise = p.noise;
@@ -102,6 +105,12 @@ PFM_INLINE void draw(const CombineParams& p, int64_t row, int64_t position, int 
         float four[4];
         normals_of_block(seed, sample, stream, static_cast<uint32_t>((element + i) >> 2), four);
         for (int k = i < 0 ? -i : 0; k < 4 && i + k < n; ++k) to[i + k] = static_cast<A>(four[k]);
+      }
+      return;
+    }
+    if (as_float(to) && skip == 0 && n % kNormalRun == 0) {  // the usual chunk: nothing to move or convert
+      for (int i = 0; i < n; i += kNormalRun) {
+        normal_run(seed, sample, stream, static_cast<uint32_t>((element + i) >> 2), as_float(to) + i);
       }
       return;
     }
