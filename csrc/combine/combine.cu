@@ -49,21 +49,6 @@ int64_t units_per_row(const CombineParams& p) {
   return p.columns == 0 ? 1 : (p.columns + size - 1) / size;
 }
 
-// Nothing in the call depends on the row, and rows follow one another: one long row does the same work.
-bool rows_are_one(const CombineParams& p) {
-  if (p.gram || p.cross || p.sums || p.noise.present || p.mask.data) return false;
-  for (int j = 0; j < p.inputs; ++j) {
-    if (p.x[j].row_stride != p.columns) return false;
-  }
-  for (int k = 0; k < p.outputs; ++k) {
-    if (p.y[k].data && p.y[k].row_stride != p.columns) return false;
-    for (int j = 0; j < p.inputs; ++j) {
-      if (p.a[k][j].vector) return false;
-    }
-  }
-  return true;
-}
-
 bool aligned(const Operand& x, int64_t rows, int64_t bytes) {
   const bool starts = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0;
   return starts && (rows <= 1 || x.row_stride * size_of(x.dtype) % bytes == 0);
@@ -151,19 +136,14 @@ size_t combine_workspace_bytes(const CombineParams& p) {
   return reductions == 0 || units == 1 ? 0 : static_cast<size_t>(p.rows * reductions * units) * sizeof(float);
 }
 
-Status combine_cuda(const CombineParams& params, int device, void* stream_pointer) {
+Status combine_cuda(const CombineParams& p, int device, void* stream_pointer) {
   using namespace combine_device;
-  CombineParams p = params;
   if (p.rows == 0 || p.outputs == 0) return {};
   for (int j = 0; j < p.inputs; ++j) {
     if (p.x[j].dtype == DType::f64) return {1, "combine: float64 is computed on the CPU only"};
   }
   for (int k = 0; k < p.outputs; ++k) {
     if (p.y[k].dtype == DType::f64) return {1, "combine: float64 is computed on the CPU only"};
-  }
-  if (rows_are_one(p)) {
-    p.columns *= p.rows;
-    p.rows = 1;
   }
   const bool reduces = p.gram || p.cross || p.sums;
   if (p.columns == 0 && !reduces) return {};

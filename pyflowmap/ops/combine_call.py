@@ -84,8 +84,8 @@ def check_tensor(name: str, x: object, like: Tensor | None, verb: str = "combine
 
 
 def entry(name: str, c: Coefficient, like: Tensor, leading: int, verb: str = "combine") -> Entry:
-    """A coefficient as (host factor, per-row factor or None), the latter of the leading shape or 0-d, float32 or "
-    "float64."""
+    """A coefficient as (host factor, per-row factor or None), the latter of the leading shape or 0-d, float32 or
+    float64."""
     scalar: float | Tensor = 1.0
     vector: Tensor | None = None
     if isinstance(c, tuple):

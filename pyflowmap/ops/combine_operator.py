@@ -246,8 +246,8 @@ torch.library.register_fake("pyflowmap::combine", _operator(_fake), lib=_library
 
 
 class _Combine(torch.autograd.Function):
-    """(static, seed, stream, scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *inputs, "
-    "*vectors)"""
+    """(static, seed, stream, scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *inputs,
+    *vectors)"""
 
     @staticmethod
     def forward(static, seed, stream, scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors):

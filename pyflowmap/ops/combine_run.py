@@ -1,5 +1,5 @@
-"""Runs one checked call of `combine` eagerly: allocates what the caller did not give, copies what no kernel can "
-"read."""
+"""Runs one checked call of `combine` eagerly: allocates what the caller did not give, copies what no kernel can
+read."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def noise_tuple(noise: reference.Noise) -> tuple[object, ...]:
 def _common_order(
     call: Call, outputs: Sequence[Tensor | None], contiguous: bool = False
 ) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    """Copies the operands whose rows are not in the order of the first dense one; results go through a buffer "
-    "likewise."""
+    """Copies the operands whose rows are not in the order of the first dense one; results go through a buffer
+    likewise."""
     global copies
     dtype = torch.float64 if call.wide else None
     source = None if contiguous else layout_source(call)

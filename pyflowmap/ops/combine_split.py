@@ -85,8 +85,8 @@ def _narrow(call: Call) -> Combined:
 
 
 def _dispatch_decomposed(call: Call) -> Combined:
-    """Inner products of masked or clamped combinations are differentiated in two steps; without gradients one "
-    "launch does both."""
+    """Inner products of masked or clamped combinations are differentiated in two steps; without gradients one
+    launch does both."""
     reduced = call.gram or call.cross or call.sums
     if not (reduced and (call.mask is not None or call.clamp is not None) and needs_operator(call)):
         return dispatch(call)

@@ -1,5 +1,5 @@
-"""Every op, {eager, compiled} x {forward, backward, jvp, jvp + backward, vmap}, against plain torch and by "
-"gradcheck."""
+"""Every op, {eager, compiled} x {forward, backward, jvp, jvp + backward, vmap}, against plain torch and by
+gradcheck."""
 
 from __future__ import annotations
 
