@@ -22,6 +22,7 @@ from pyflowmap.combination import Lazy, NoiseField, promoted, shapes_differ
 from pyflowmap.ops.backend import direct
 from pyflowmap.ops.combine import combine as combine_op
 from pyflowmap.ops.combine_run import noise_tuple
+from pyflowmap.ops.squared_norm import squared_norm
 from pyflowmap.reference import Noise, per_row
 
 __all__ = ["Lazy", "NoiseField", "evaluate", "inner", "lazy", "noise", "per_sample"]
@@ -77,10 +78,8 @@ def evaluate(*combinations: Lazy | Tensor, out: Any = None, dtype: torch.dtype |
 
     Differentiable in operands and coefficients; right under torch.func.jvp, vmap and torch.compile(fullgraph=True).
     """
-    if out is not None and len(combinations) == 1 and dtype is None:
-        only = combinations[0]
-        if type(only) is Lazy and direct.update(only.operands, only.coefficients, only.versions, out):
-            return out
+    if out is not None and dtype is None and direct.update(combinations, out):
+        return out
     if not combinations:
         raise ValueError("evaluate needs at least one combination")
     terms = [c if type(c) is Lazy else lazy(c) for c in combinations]
@@ -123,6 +122,12 @@ def inner(a: Lazy | Tensor, b: Lazy | Tensor | None = None) -> Tensor:
     gradient is one more launch. A loss is `weight(pfm.inner(r)).mean()`. Deterministic.
     """
     terms = [a if type(a) is Lazy else lazy(a)]
+    if b is None and not _is_tracing():
+        only = terms[0]
+        _check_versions(only)
+        value = squared_norm(only.operands, only.coefficients)
+        if value is not None:
+            return value
     if b is not None:
         terms.append(b if type(b) is Lazy else lazy(b))
     if terms[0].ndim == 0:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerance import assert_within, bound
 
-from pyflowmap import algebra
+from pyflowmap import algebra, ops
 from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
 from pyflowmap.ops import backend as backends
 
@@ -338,6 +338,50 @@ def test_gradient_of_a_loss(xvu):
     want = torch.autograd.grad((e / (e.detach() + 0.1)).mean(), (x, v, u, h))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_short_road_of_a_squared_norm(xvu, launches):
+    """Same bits as combine(gram=True), two launches with the gradient, and right for a gradient of the gradient."""
+    x, v, u = xvu
+    h = torch.rand(4)
+    x.requires_grad_()
+    r = lambda: lazy(x) - h * lazy(v) - 0.3 * lazy(u)  # noqa: E731
+    e = inner(r())
+    general = ops.combine((x, v, u), ((1.0, (-1.0, h), -0.3),), store=(False,), gram=True, dtype=torch.float32).gram
+    assert torch.equal(e, general[:, 0, 0])
+    launches["kernel"] = 0
+    (got,) = torch.autograd.grad(inner(r()).sum(), x)
+    assert launches["kernel"] == 2
+    (want,) = torch.autograd.grad(general.sum(), x)
+    assert torch.equal(got, want)
+
+    wide = [t.detach().double().requires_grad_() for t in (x, v, u)]
+    both = lambda a, b, c: inner(lazy(a) - h.double() * lazy(b) - 0.3 * lazy(c) + 0.1 * lazy(a))  # noqa: E731
+    assert torch.autograd.gradcheck(both, wide) and torch.autograd.gradgradcheck(both, wide)
+
+
+def test_several_combinations_into_given_tensors(xvu):
+    """The call that is united in C answers as the one that is united in Python."""
+    x, v, u = xvu
+    h = torch.rand(4)
+    terms = (lazy(x) + h * lazy(v), lazy(u) - 0.5 * lazy(x), 2.0 * lazy(v))
+    o = tuple(torch.empty(SHAPE) for _ in terms)
+    assert backends.direct.update(terms, o)
+    for one, term in zip(o, terms, strict=True):
+        assert torch.equal(one, evaluate(term))
+    assert not backends.direct.update((*terms, x), (*o, torch.empty(SHAPE)))  # a bare tensor: Python wraps it
+    assert not backends.direct.update(terms, o[:2])
+    mixed = evaluate(lazy(x) + lazy(v), u, out=o[:2])
+    assert mixed[0] is o[0] and torch.equal(o[1], u)
+    nine = tuple(lazy(torch.randn(SHAPE)) for _ in range(9))
+    assert not backends.direct.update((sum(nine[1:], nine[0]),), o[:1])
+    u.add_(1)
+    before = [y.clone() for y in o]
+    with pytest.raises(RuntimeError, match="overwritten"):
+        evaluate(*terms, out=o)
+    assert all(torch.equal(y, z) for y, z in zip(o, before, strict=True))
+    with pytest.raises(ValueError, match="share memory"):
+        evaluate(lazy(x), lazy(v), out=(o[0], o[0]))
 
 
 def test_our_write_into_a_saved_tensor_is_seen(xvu):

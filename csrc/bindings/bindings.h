@@ -9,7 +9,8 @@ PyObject* combine(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 // The version of a tensor, None for an inference tensor; TypeError for anything else.
 PyObject* version_of(PyObject* self, PyObject* object);
 
-// One combination of the algebra into `out`, if its operands are still the versions that it recorded.
+// Lazy combinations (a tuple of them) into `out`, a tensor or one for each, if their operands are still the versions
+// that they recorded.
 PyObject* update(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
 }  // namespace pyflowmap

@@ -114,11 +114,7 @@ int road_is_watched() {
   if (depth >= 0) return 1;
   const int modes = truth_of_call(torch().dispatch_modes);
   if (modes != 0) return modes;
-  PyObject* state = call_no_arguments(torch().tracing_state);
-  if (!state) return -1;
-  const int traced = state != Py_None;
-  Py_DECREF(state);
-  return traced;
+  return truth_of_call(torch().is_tracing);
 }
 
 int is_plain(PyObject* tensor, bool grad_is_enabled, bool has_counter) {

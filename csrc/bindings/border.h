@@ -15,7 +15,7 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   PyObject* is_grad_enabled = nullptr;
   PyObject* dispatch_modes = nullptr;     // torch._C._len_torch_dispatch_stack
-  PyObject* tracing_state = nullptr;      // torch._C._get_tracing_state
+  PyObject* is_tracing = nullptr;         // torch._C._is_tracing
   PyObject* increment_version = nullptr;  // torch._C._increment_version
   PyObject* forward_ad = nullptr;         // the module torch.autograd.forward_ad
   PyObject* allocate = nullptr;           // allocate(bytes, like) -> uint8 tensor on like's device

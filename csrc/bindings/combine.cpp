@@ -7,13 +7,12 @@
 #include "bindings/bindings.h"
 #include "bindings/border.h"
 #include "bindings/operands.h"
+#include "bindings/perform.h"
 
 namespace pyflowmap {
 namespace {
 
 // ---- coefficients -------------------------------------------------------------------------------------------------
-
-enum Answer { kNo = 0, kYes = 1, kError = -1 };
 
 struct Call {
   CombineParams p;
@@ -298,10 +297,7 @@ PyObject* workspace_for(Call& call, PyObject* like) {
 
 }  // namespace
 
-namespace {
-
-// Reads and runs one call; the answer is what Python sees.
-Answer perform(PyObject* const* args, Py_ssize_t nargs, bool trusted, bool have_counters = false) {
+Answer perform(PyObject* const* args, Py_ssize_t nargs, bool trusted, bool have_counters) {
   if (!PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[2])) return kNo;
   const Py_ssize_t outputs = PyTuple_GET_SIZE(args[2]);
   if (PyTuple_GET_SIZE(args[0]) > kMaxInputs || outputs > kMaxOutputs || outputs == 0) return kNo;
@@ -349,8 +345,6 @@ Answer perform(PyObject* const* args, Py_ssize_t nargs, bool trusted, bool have_
 
 PyObject* as_bool(Answer answer) { return answer == kError ? nullptr : PyBool_FromLong(answer == kYes); }
 
-}  // namespace
-
 PyObject* combine(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs < 5 || nargs > 14) {
     PyErr_Format(PyExc_TypeError, "combine takes 5 to 14 positional arguments, got %zd", nargs);
@@ -365,29 +359,6 @@ PyObject* combine(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (args[i] != Py_None) Py_RETURN_FALSE;
   }
   return as_bool(perform(args, nargs, args[4] == Py_True));
-}
-
-PyObject* update(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 4 || !PyTuple_CheckExact(args[0]) || !PyTuple_CheckExact(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "update takes (operands, coefficients, versions, out)");
-    return nullptr;
-  }
-  const Py_ssize_t count = PyTuple_GET_SIZE(args[0]);
-  if (!torch().tensor || PyTuple_GET_SIZE(args[2]) != count) Py_RETURN_FALSE;
-  bool have_counters = true;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    have_counters = have_counters && PyTuple_GET_ITEM(args[2], i) != Py_None;
-    const int fresh = has_version(PyTuple_GET_ITEM(args[0], i), PyTuple_GET_ITEM(args[2], i));
-    if (fresh != 1) return fresh < 0 ? nullptr : PyBool_FromLong(0);
-  }
-  PyObject* rows = PyTuple_Pack(1, args[1]);
-  PyObject* outputs = rows ? PyTuple_Pack(1, args[3]) : nullptr;
-  static PyObject* one = PyLong_FromLong(1);
-  PyObject* const call[5] = {args[0], rows, outputs, one, Py_False};
-  PyObject* result = outputs ? as_bool(perform(call, 5, false, have_counters)) : nullptr;
-  Py_XDECREF(rows);
-  Py_XDECREF(outputs);
-  return result;
 }
 
 }  // namespace pyflowmap

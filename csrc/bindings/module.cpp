@@ -18,7 +18,7 @@ PyMethodDef kernels[] = {
      "cross=None, "
      "sums=None, like=None, dtype=None, store=None) -> bool: contract in csrc/combine/combine.h"},
     {"update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::update)), METH_FASTCALL,
-     "update(operands, coefficients, versions, out) -> bool: one combination of the algebra, on the direct road only"},
+     "update(combinations, out) -> bool: combinations of the algebra into tensors, on the direct road only"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -29,7 +29,7 @@ void connect(const py::dict& objects) {
   const auto keep = [&](const char* name) { return py::object(objects[name]).release().ptr(); };
   torch.is_grad_enabled = keep("is_grad_enabled");
   torch.dispatch_modes = keep("dispatch_modes");
-  torch.tracing_state = keep("tracing_state");
+  torch.is_tracing = keep("is_tracing");
   torch.increment_version = keep("increment_version");
   torch.forward_ad = keep("forward_ad");
   torch.allocate = keep("allocate");

@@ -50,7 +50,7 @@ def _connect(module: Any) -> Any:
             "Parameter": torch.nn.Parameter,
             "is_grad_enabled": torch.is_grad_enabled,
             "dispatch_modes": torch._C._len_torch_dispatch_stack,
-            "tracing_state": torch._C._get_tracing_state,
+            "is_tracing": torch._C._is_tracing,
             "increment_version": torch._C._increment_version,
             "forward_ad": torch.autograd.forward_ad,
             "allocate": _allocate,
