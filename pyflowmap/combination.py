@@ -112,10 +112,7 @@ class Lazy:
             if not isinstance(other, Tensor):
                 return NotImplemented
             other = Lazy((other,), (1.0,), (direct.version_of(other),))
-        mine, theirs = self.operands, other.operands
-        if len(mine) == 1 and len(theirs) == 1 and mine[0] is not theirs[0] and type(theirs[0]) is not NoiseField:
-            return Lazy(mine + theirs, self.coefficients + other.coefficients, self.versions + other.versions)
-        return Lazy(*_merge(self, other))
+        return Lazy(*(direct.sum_of(self, other, 1.0) or _merge(self, other)))
 
     __radd__ = __add__
 
@@ -127,7 +124,7 @@ class Lazy:
             if not isinstance(other, Tensor):
                 return NotImplemented
             other = Lazy((other,), (1.0,), (direct.version_of(other),))
-        return self + other * -1.0
+        return Lazy(*(direct.sum_of(self, other, -1.0) or _merge(self, other * -1.0)))
 
     def __rsub__(self, other: Any) -> Lazy:
         return (self * -1.0) + other

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerance import assert_within, bound
 
-from pyflowmap import algebra, ops
+from pyflowmap import algebra, combination, ops
 from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
 from pyflowmap.ops import backend as backends
 
@@ -39,7 +39,7 @@ def launches(monkeypatch):
 
         return call
 
-    for name in backends.KERNELS:
+    for name in ("combine", "update"):
         monkeypatch.setattr(backends.direct, name, counted(getattr(backends.direct, name)))
 
     class Module:
@@ -147,6 +147,26 @@ def test_operands_merge(xvu):
     assert len(r.operands) == 2
     close(evaluate(r), 0.75 * x.double() + 2.25 * v.double())
     assert torch.equal(evaluate(lazy(x) - lazy(x) + lazy(v)), v)
+
+
+def test_sums_in_c_are_the_sums_in_python(xvu):
+    """What C merges, and what it leaves to Python: two per-row factors, noise, versions that differ."""
+    x, v, _ = (lazy(t) for t in xvu)
+    h = torch.rand(4)
+    python = lambda a, b: combination._merge(a, b)  # noqa: E731
+    for a, b in ((x, v), (x + v, 0.5 * x), (h * x, v), (x + h * v, 2.0 * x), (2 * x, x), (x, x)):
+        merged = backends.direct.sum_of(a, b, 1.0)
+        assert merged is not None and merged == python(a, b)
+        assert backends.direct.sum_of(a, b, -0.5) == python(a, b * -0.5)
+    field = noise(xvu[0], seed=1)
+    stale = lazy(xvu[0])
+    xvu[0].add_(1)
+    for a, b in ((h * v, h * v), (v, field), (field, v), (stale, lazy(xvu[0])), (v, 3.0), (v, xvu[1])):
+        assert backends.direct.sum_of(a, b, 1.0) is None
+    with pytest.raises(TypeError, match="factor"):
+        backends.direct.sum_of(x, v, 1)
+    long = [lazy(torch.randn(2)) for _ in range(40)]
+    assert len(sum(long[1:], long[0]).operands) == 40
 
 
 def test_cancelled_operand_is_not_read(xvu):

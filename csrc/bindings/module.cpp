@@ -19,6 +19,8 @@ PyMethodDef kernels[] = {
      "sums=None, like=None, dtype=None, store=None) -> bool: contract in csrc/combine/combine.h"},
     {"update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::update)), METH_FASTCALL,
      "update(combinations, out) -> bool: combinations of the algebra into tensors, on the direct road only"},
+    {"sum_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::sum_of)), METH_FASTCALL,
+     "sum_of(a, b, factor) -> tuple | None: a + factor * b of lazy combinations"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };

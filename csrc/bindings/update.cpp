@@ -1,9 +1,11 @@
-// update.cpp (bindings) - lazy combinations of the algebra into given tensors: one call of `combine`, without a line of
-// Python between.
+// update.cpp (bindings) - the algebra's short road: sums of lazy combinations, and combinations into given tensors as one
+// call of `combine`, without a line of Python between.
 //
-// It forms the union of their operands and the matrix over them, as pyflowmap/algebra.py does for every other road, and
+// `update` forms the union of their operands and the matrix over them, as pyflowmap/algebra.py does for every other road, and
 // compares the versions that the combinations recorded. What is not plain (noise, a tensor beside combinations, a
 // coefficient of several leading dimensions) answers False and is left to Python.
+#include <utility>
+
 #include "bindings/bindings.h"
 #include "bindings/border.h"
 #include "bindings/perform.h"
@@ -86,7 +88,78 @@ PyObject* tuple_of(PyObject* const* items, int count, PyObject* missing) {
   return tuple;
 }
 
+// c * factor for a number or the pair (number, tensor); a new reference, null without an error for anything else.
+PyObject* scaled(PyObject* c, double factor) {
+  if (PyFloat_CheckExact(c)) return PyFloat_FromDouble(PyFloat_AS_DOUBLE(c) * factor);
+  if (!PyTuple_CheckExact(c) || PyTuple_GET_SIZE(c) != 2 || !PyFloat_CheckExact(PyTuple_GET_ITEM(c, 0))) return nullptr;
+  Owned number(PyFloat_FromDouble(PyFloat_AS_DOUBLE(PyTuple_GET_ITEM(c, 0)) * factor));
+  return number.object ? PyTuple_Pack(2, number.object, PyTuple_GET_ITEM(c, 1)) : nullptr;
+}
+
+// One operand and what stands beside it, in a sum that is being formed. Owns the coefficient.
+struct Term {
+  PyObject *operand, *version;
+  Owned coefficient;
+};
+
+constexpr int kMaxSum = 32;  // longer sums are left to Python
+
+// Adds `factor` times a combination; kNo where Python must look: noise, an operand of two versions, two per-row factors.
+Answer add_terms(const Combination& c, double factor, Term* terms, int* count) {
+  for (Py_ssize_t i = 0; i < c.size; ++i) {
+    PyObject* operand = PyTuple_GET_ITEM(c.operands.object, i);
+    PyObject* version = PyTuple_GET_ITEM(c.versions.object, i);
+    if (Py_TYPE(operand) != torch().tensor && Py_TYPE(operand) != torch().parameter) return kNo;
+    Owned coefficient(scaled(PyTuple_GET_ITEM(c.coefficients.object, i), factor));
+    if (!coefficient.object) return PyErr_Occurred() ? kError : kNo;
+    int at = 0;
+    while (at < *count && terms[at].operand != operand) ++at;
+    if (at == kMaxSum) return kNo;
+    if (at == *count) {
+      terms[at].operand = operand;
+      terms[at].version = version;
+      std::swap(terms[at].coefficient.object, coefficient.object);
+      ++*count;
+      continue;
+    }
+    PyObject* before = terms[at].coefficient.object;
+    const int same = version == terms[at].version ? 1 : PyObject_RichCompareBool(version, terms[at].version, Py_EQ);
+    if (same != 1) return same < 0 ? kError : kNo;
+    if (!PyFloat_CheckExact(before) || !PyFloat_CheckExact(coefficient.object)) return kNo;
+    terms[at].coefficient.object =
+        PyFloat_FromDouble(PyFloat_AS_DOUBLE(before) + PyFloat_AS_DOUBLE(coefficient.object));
+    Py_DECREF(before);
+    if (!terms[at].coefficient.object) return kError;
+  }
+  return kYes;
+}
+
 }  // namespace
+
+PyObject* sum_of(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 3 || !PyFloat_CheckExact(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "sum_of takes (a, b, factor)");
+    return nullptr;
+  }
+  Combination a, b;
+  if (!torch().tensor || !read_combination(args[0], &a) || !read_combination(args[1], &b)) Py_RETURN_NONE;
+  Term terms[kMaxSum];
+  int count = 0;
+  Answer answer = add_terms(a, 1.0, terms, &count);
+  if (answer == kYes) answer = add_terms(b, PyFloat_AS_DOUBLE(args[2]), terms, &count);
+  if (answer == kError) return nullptr;
+  if (answer == kNo) Py_RETURN_NONE;
+  Owned operands(PyTuple_New(count)), coefficients(PyTuple_New(count)), versions(PyTuple_New(count));
+  if (!operands.object || !coefficients.object || !versions.object) return nullptr;
+  for (int i = 0; i < count; ++i) {
+    Py_INCREF(terms[i].operand);
+    Py_INCREF(terms[i].version);
+    PyTuple_SET_ITEM(operands.object, i, terms[i].operand);
+    PyTuple_SET_ITEM(coefficients.object, i, std::exchange(terms[i].coefficient.object, nullptr));
+    PyTuple_SET_ITEM(versions.object, i, terms[i].version);
+  }
+  return PyTuple_Pack(3, operands.object, coefficients.object, versions.object);
+}
 
 PyObject* update(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs != 2 || !PyTuple_CheckExact(args[0])) {

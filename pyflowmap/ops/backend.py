@@ -19,9 +19,9 @@ from pyflowmap import _C
 BACKENDS = ("auto", "cpu", "cuda", "simt", "reference")
 
 
-# The direct road: the kernels of the current back end, with every check in C. A kernel answers False where it wants the
-# operator road to look at the call.
-KERNELS = ("combine", "update", "version_of")
+# The direct road: the functions of the current back end, with every check in C. One answers False, or None, where it
+# wants Python to look at the call.
+DIRECT = ("combine", "update", "sum_of", "version_of")
 
 
 class _Direct:
@@ -29,6 +29,7 @@ class _Direct:
 
     combine: Any
     update: Any
+    sum_of: Any
     version_of: Any
 
 
@@ -57,9 +58,9 @@ def _connect(module: Any) -> Any:
         }
     )
     # Dynamo cannot look into C: it takes "no direct road here" and "no version known" for an answer instead.
-    for kernel in KERNELS:
-        answer = (lambda _: None) if kernel == "version_of" else (lambda *_: False)
-        torch.compiler.substitute_in_graph(getattr(module, kernel), skip_signature_check=True)(answer)
+    for name in DIRECT:
+        answer = (lambda *_: None) if name in ("sum_of", "version_of") else (lambda *_: False)
+        torch.compiler.substitute_in_graph(getattr(module, name), skip_signature_check=True)(answer)
     return module
 
 
@@ -108,8 +109,8 @@ def use(name: str) -> Iterator[None]:
 def _set(name: str) -> None:
     global _current
     module = simt() if name == "simt" else _C
-    for kernel in KERNELS:
-        setattr(direct, kernel, getattr(module, kernel))
+    for function in DIRECT:
+        setattr(direct, function, getattr(module, function))
     if name == "reference":
         direct.combine = direct.update = _refuse
     _current = name
