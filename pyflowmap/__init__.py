@@ -2,13 +2,14 @@
 
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
-from pyflowmap import guidance, interpolants, nn, objectives, ops, solvers, times, training, weights
+from pyflowmap import guidance, interpolants, nn, objectives, ops, solvers, tangents, times, training, weights
 from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
 from pyflowmap.checkpoint import load
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.installation import build_config
 from pyflowmap.installation import version as _version
 from pyflowmap.sampling import sample
+from pyflowmap.tangents import Dual, jvp
 
 __version__ = _version()
 
@@ -20,6 +21,10 @@ __all__ = [
     "inner",
     "per_sample",
     "Lazy",
+    # derivatives
+    "jvp",
+    "Dual",
+    "tangents",
     # fused operations
     "ops",
     # models

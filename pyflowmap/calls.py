@@ -14,27 +14,34 @@ from typing import Any
 
 from torch import Tensor
 
+from .tangents.parts import is_dual
+
 __all__ = ["Call", "single_time", "start_and_end", "start_and_span", "meanflow", "diffusers", "ready", "unwrap"]
 
 
-def unwrap(output: Any) -> Tensor:
-    """The tensor in a network's output: itself, the first of a tuple, or the `sample` of a dataclass or mapping."""
-    if isinstance(output, Tensor):
+def unwrap(output: Any) -> Any:
+    """The tensor, or Dual, in a network's output: itself, the first of a tuple, or the `sample` of a dataclass or
+    mapping."""
+    if _is_tensor(output):
         return output
     if isinstance(output, Mapping) and "sample" in output:
         return output["sample"]
-    if hasattr(output, "sample") and isinstance(output.sample, Tensor):
+    if hasattr(output, "sample") and _is_tensor(output.sample):
         return output.sample
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+    if isinstance(output, (tuple, list)) and output and _is_tensor(output[0]):
         return output[0]
     if dataclasses.is_dataclass(output) and dataclasses.fields(output):
         first = getattr(output, dataclasses.fields(output)[0].name)
-        if isinstance(first, Tensor):
+        if _is_tensor(first):
             return first
     raise TypeError(
         f"the network returned {type(output).__name__}; expected a tensor, a tuple that starts with one, or an object "
         "with .sample; pass FlowMap a call= that takes the tensor out"
     )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor) or is_dual(x)  # a Dual is a dataclass, too: its first field is not what is meant
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from . import calls
 from .algebra import Lazy, evaluate, lazy
 from .interpolants import Interpolant, Linear, check_time
 from .predictions import PREDICTIONS, jump_coefficients, mean_velocity_coefficients, velocity_coefficients
+from .tangents.parts import is_dual
 
 __all__ = ["FlowMap"]
 
@@ -151,8 +152,8 @@ class FlowMap:
         return save(self, path, dtype=dtype, notes=notes)
 
 
-def _time_tensor(t: float | Tensor, x: Tensor) -> Tensor:
-    if isinstance(t, Tensor):
+def _time_tensor(t: Any, x: Tensor) -> Tensor:
+    if isinstance(t, Tensor) or is_dual(t):
         return t.expand(x.shape[0]) if t.dim() == 0 else t
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
 

@@ -63,7 +63,7 @@ class cfg:
         if unknown:
             raise ValueError(
                 f"null names {unknown[0]!r} but the condition has {sorted(condition) or 'nothing'}; "
-                f'pass condition={{"{unknown[0]}": ...}} to sample'
+                f'pass condition={{"{unknown[0]}": ...}}'
             )
         result = dict(condition)
         for key, value in self.null.items():

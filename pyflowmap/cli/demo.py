@@ -12,6 +12,7 @@ from typing import Any
 
 STEPS = (1, 2, 4, 8, 16)
 SECONDS, UPDATES = 165.0, 6000
+OBJECTIVES = ("progressive", "lagrangian")
 
 
 def add(subparsers) -> None:
@@ -24,6 +25,9 @@ def add(subparsers) -> None:
     )
     parser.add_argument("--count", type=int, default=500, help="samples per measurement (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1: none")
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what is learned (default: %(default)s)"
+    )
     parser.add_argument("--channels", type=int, default=16, help="width of the U-Net")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -35,11 +39,11 @@ def add(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
+    from .. import objectives
     from ..data import load_digits
     from ..files import writable_folder
     from ..flow_map import FlowMap
     from ..nn import UNet, UNetConfig
-    from ..objectives import progressive
     from ..training import Step, fit, shuffled
     from . import report
     from .quality import train_classifier
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     network = UNet(UNetConfig(channels=args.channels)).fit(images)
     history: list[dict] = []
     average = fit(
-        Step(network, progressive),
+        Step(network, getattr(objectives, args.objective)),
         shuffled(images, labels, args.batch, seed=args.seed),
         steps=args.updates,
         seconds=seconds,

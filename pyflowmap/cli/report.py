@@ -56,7 +56,11 @@ def loss(path: Path, history: list[dict]) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.5))
-    for key, name in (("flow_matching", "flow matching (diagonal)"), ("progressive", "progressive (off-diagonal)")):
+    for key, name in (
+        ("flow_matching", "flow matching (diagonal)"),
+        ("progressive", "progressive (off-diagonal)"),
+        ("lagrangian", "Lagrangian (off-diagonal)"),
+    ):
         points = [(record["step"], record[key]) for record in history if key in record]
         if points:
             step, value = np.array(points).T

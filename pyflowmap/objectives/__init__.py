@@ -1,7 +1,10 @@
 """Ways of learning a flow map, one file each. Every objective is `objective(flow_map, x1, ...) -> Loss`."""
 
+from .baked_guidance import baked_guidance
 from .flow_matching import flow_matching
+from .lagrangian import lagrangian
 from .loss import Loss
+from .mean_flow import mean_flow
 from .progressive import progressive
 
-__all__ = ["Loss", "flow_matching", "progressive"]
+__all__ = ["Loss", "baked_guidance", "flow_matching", "lagrangian", "mean_flow", "progressive"]

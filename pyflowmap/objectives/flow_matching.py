@@ -11,7 +11,8 @@ from .. import times as time_laws
 from .. import weights
 from ..algebra import inner, lazy
 from ..flow_map import FlowMap
-from .loss import Loss, check_batch
+from .batch import check_batch
+from .loss import Loss
 
 __all__ = ["flow_matching"]
 

@@ -39,14 +39,3 @@ def frozen_teacher(network):
     finally:
         for module in modules:
             module.training = True
-
-
-def check_batch(x1: Tensor, x0: Tensor | None) -> None:
-    """One-line errors for what every objective is given."""
-    if not isinstance(x1, Tensor) or not x1.is_floating_point() or x1.dim() < 2:
-        shown = f"{x1.dtype} of shape {tuple(x1.shape)}" if isinstance(x1, Tensor) else type(x1).__name__
-        raise TypeError(f"x1 is {shown}; data is a floating-point tensor (B, ...), e.g. x1.float()")
-    if x1.shape[0] == 0:
-        raise ValueError(f"x1 has shape {tuple(x1.shape)}: an empty batch has no loss; skip it")
-    if x0 is not None and x0.shape != x1.shape:
-        raise ValueError(f"x0 has shape {tuple(x0.shape)} but x1 has shape {tuple(x1.shape)}; give them one shape")

@@ -12,7 +12,8 @@ from .. import times as time_laws
 from .. import weights
 from ..algebra import evaluate, inner, lazy
 from ..flow_map import FlowMap
-from .loss import Loss, check_batch, frozen_teacher
+from .batch import check_batch, check_share, rows_of, whole
+from .loss import Loss, frozen_teacher
 
 __all__ = ["progressive"]
 
@@ -51,11 +52,10 @@ def progressive(
     check_batch(x1, x0)
     if split not in ("midpoint", "uniform"):
         raise ValueError(f'split = {split!r}; it is "midpoint" (PSD-M) or "uniform" (PSD-U)')
-    if not 0.0 <= diagonal <= 1.0:
-        raise ValueError(f"diagonal = {diagonal}; it is a share of the batch, e.g. 0.75")
+    check_share(diagonal, "diagonal")
     condition = dict(condition or {})
     rows, size = x1.shape[0], x1[0].numel()
-    n = _whole(diagonal * rows, seed)
+    n = whole(diagonal * rows, seed)
 
     s, t = times(x1) if seed is None else times(x1, seed=seed)
     t = torch.cat([s[:n], t[n:]])
@@ -67,7 +67,7 @@ def progressive(
         u = flow_map.as_mean_velocity(output[:n], x[:n], s[:n], t[:n])
         errors.append(inner(u - lazy(velocity[:n])))
     if n < rows:
-        target = _target(teacher or flow_map, x[n:], s[n:], t[n:], _rows(condition, n, rows), split, seed)
+        target = _target(teacher or flow_map, x[n:], s[n:], t[n:], rows_of(condition, rows, n, rows), split, seed)
         u = flow_map.as_mean_velocity(output[n:], x[n:], s[n:], t[n:])
         errors.append(inner(u - lazy(target)))
     error = torch.cat(errors)
@@ -93,20 +93,3 @@ def _target(teacher: FlowMap, x: Tensor, s: Tensor, t: Tensor, condition: dict, 
         return evaluate(
             (1.0 - g) * teacher.as_mean_velocity(first, x, s, r) + g * teacher.as_mean_velocity(second, middle, r, t)
         )
-
-
-def _rows(condition: dict, n: int, rows: int) -> dict:
-    """The condition of the rows from n on; what has no row per sample is shared."""
-    return {
-        key: value[n:] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
-        for key, value in condition.items()
-    }
-
-
-def _whole(expected: float, seed: int | None) -> int:
-    """`expected` rounded up or down at random so that its mean is kept: host only, no sync."""
-    low = int(expected)
-    if expected == low:
-        return low
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return low + int(torch.rand((), generator=generator).item() < expected - low)

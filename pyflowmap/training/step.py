@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..flow_map import FlowMap
+from ..interpolants import Linear
 
 __all__ = ["Step"]
 
@@ -46,7 +47,7 @@ class Step(nn.Module):
         self.network, self.objective, self.options = network, objective, options
         self.weight = options["weight"] if isinstance(options.get("weight"), nn.Module) else None
         view = {"prediction": prediction, "call": call}
-        self.view = view if interpolant is None else {**view, "interpolant": interpolant}
+        self.view = {**view, "interpolant": Linear() if interpolant is None else interpolant}
         FlowMap(network, **self.view)  # bad views fail here, not in the first step
 
     def forward(self, x1: Tensor, **condition: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from pyflowmap import ops
 from pyflowmap.ops import Noise
 from pyflowmap.ops.combine_operator import _apply  # noqa: F401  (registers the operator)
 from pyflowmap.reference import per_row
+from pyflowmap.tangents import jvp as tangent_verb
 
 B, EVENT = 3, (2, 5)
 
@@ -129,14 +130,71 @@ def _full_gram_torch(x, v, h):
     return y[0], torch.stack([torch.stack([_inner(a, b) for b in y], -1) for a in y], -2)
 
 
+def _modulated(x, v, h):
+    return (ops.norm_modulate(x, per_row(h, 2) * v[:, 0], v[:, 1]),)
+
+
+def _modulated_torch(x, v, h):
+    centred = x - x.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return (normal * (1 + per_row(h, 3) * v[:, :1]) + v[:, 1:],)
+
+
+def _modulated_rms(x, v, h):
+    return (ops.norm_modulate(x, per_row(h, 3) * v, v, kind="rms", eps=0.1),)
+
+
+def _modulated_rms_torch(x, v, h):
+    return (x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * (1 + per_row(h, 3) * v) + v,)
+
+
+def _gated(x, v, h):
+    return (ops.gated_residual(x, v[:, 0], per_row(h, 3) * v),)
+
+
+def _gated_torch(x, v, h):
+    return (x + v[:, :1] * per_row(h, 3) * v,)
+
+
+def _attended(x, v, h):
+    q = torch.stack([x, per_row(h, 3) * v], 1)
+    return ops.attention(q, v[:, None], x[:, None]), ops.attention(q, v[:, None], x[:, None], scale=0.7, causal=True)
+
+
+def _attended_torch(x, v, h):
+    logits = torch.stack([x, per_row(h, 3) * v], 1) @ v[:, None].mT
+    seen = torch.ones(2, 2, dtype=torch.bool).tril()
+    weights = (logits * 5**-0.5, torch.where(seen, 0.7 * logits, -torch.inf))
+    return tuple(w.exp() / w.exp().sum(-1, keepdim=True) @ x[:, None] for w in weights)
+
+
+def _turned(x, v, h):
+    q, angle = torch.stack([x, v], 1)[..., :4], torch.arange(4, dtype=x.dtype).view(2, 2)
+    return (ops.norm_rope(q, v.mean((0, 1))[:4] + h[0], angle.cos(), angle.sin(), eps=0.1),)
+
+
+def _turned_torch(x, v, h):
+    q = torch.stack([x, v], 1)[..., :4]
+    q = q / (q.square().mean(-1, keepdim=True) + 0.1).sqrt() * (v.mean((0, 1))[:4] + h[0])
+    turn = torch.polar(torch.ones(2, 2, dtype=x.dtype), torch.arange(4, dtype=x.dtype).view(2, 2))
+    turned = torch.complex(q[..., :2], q[..., 2:]) * turn
+    return (torch.cat([turned.real, turned.imag], -1),)
+
+
 CASES = {
     name[1:]: (function, globals()[f"{name}_torch"])
     for name, function in list(globals().items())
     if f"{name}_torch" in globals()
 }
-OPS = {"combine": CASES}
+OPS = {  # the rest are cases of `combine`
+    "norm_modulate": {"modulated", "modulated_rms"},
+    "gated_residual": {"gated"},
+    "attention": {"attended"},
+    "norm_rope": {"turned"},
+}
 DRAWS = {"noisy", "noise_gram"}  # noise has no sample ids inside vmap: refused
 HEAVY = {"wide", "full_gram"}
+NO_SECOND_BACKWARD = {"attended"}  # torch's fused attention has none, and says so
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -148,7 +206,7 @@ def cells(cases=tuple(CASES), inductor="noise_gram"):
 
 def test_every_op_is_in_the_matrix():
     functions = {name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))}
-    assert functions == set(OPS)
+    assert functions == {"combine", *OPS} and set().union(*OPS.values()) < set(CASES)
 
 
 def compiled(function, mode):
@@ -236,6 +294,25 @@ def test_vmap(case, mode):
     same(got, [torch.stack(ys) for ys in zip(*rows, strict=True)])
 
 
+@pytest.mark.parametrize("mode", ["eager", "aot_eager"])
+@pytest.mark.parametrize("case", sorted(set().union(*OPS.values())))
+def test_dual(case, mode):
+    """Dual numbers in place of forward-mode AD: value, tangent, and the gradient of a loss on the tangent."""
+    ours, theirs = CASES[case]
+    results = []
+    for function, derivative in ((ours, _dual), (theirs, torch.func.jvp)):
+        leaves = [t.requires_grad_() for t in (*tensors(), *tensors(1))]
+        run = compiled(lambda *a, f=function, d=derivative: d(f, a[:3], a[3:]), mode if function is ours else "eager")
+        y, dy = run(*leaves)
+        grads = torch.autograd.grad(total(dy), leaves, materialize_grads=True)
+        results.append([*y, *dy, *grads])
+    same(*results)
+
+
+def _dual(function, primals, tangents):
+    return tangent_verb(function, primals, tangents, track_tangent=True)
+
+
 def test_vmap_over_gradients_and_other_axes():
     x, v, h = tensors()
     ours, theirs = CASES["gram"]
@@ -260,7 +337,10 @@ def test_gradcheck(case):
     if arguments is slim:
         arguments[2] = leaves[2][:2].detach().clone().requires_grad_()
     assert gradcheck(ours, arguments, check_forward_ad=True, check_undefined_grad=False)
-    if case not in HEAVY:
+    if case in NO_SECOND_BACKWARD:
+        with pytest.raises(RuntimeError, match="is not implemented"):
+            gradgradcheck(ours, arguments)
+    elif case not in HEAVY:
         assert gradgradcheck(ours, arguments)
 
 

@@ -1,0 +1,137 @@
+"""One torch function of Duals: its value, and its tangent by the rule in the table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import inplace
+from .differences import difference
+from .parts import first_dual, is_dual, tangent, tangents, unpack
+from .registry import Kind, MissingRule, Rule, find, name_of
+
+__all__ = ["call"]
+
+
+def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """`function(*args, **kwargs)` where an argument may be a Dual: value and tangent of the result, as a Dual.
+
+    torch calls this for its own functions. For one's own function, wrapped in `call` and given a rule by
+    `pfm.tangents.rule`, the rule is used instead of tracing into it.
+
+    Raises MissingRule for a torch function without a rule.
+    """
+    dual, values = unpack(args)
+    options = kwargs or {}
+    if options:
+        other, parts = unpack(options.values())
+        options = dict(zip(options, parts, strict=True))
+        if other is not None and (dual is None or (other.tracked and not dual.tracked)):
+            dual = other
+    kwargs = kwargs or {}
+    if dual is None:
+        return function(*args, **kwargs)
+    rule = find(function)
+    if rule is None:
+        if dual.fallback == "finite_difference":
+            return _pair(dual, *difference(function, args, kwargs, dual))
+        raise MissingRule(_how_to_add(function))
+    if not args:
+        args, kwargs = _positional(kwargs)
+        values, options = _positional(options)
+    kind = rule.kind
+    if kind is Kind.WRITE:
+        return inplace.write(call, rule, function, args, kwargs)
+    if rule.inplace >= 0:
+        asked, without_flag, others = _without_flag(rule, args, kwargs)
+        if asked:
+            return inplace.rebind(args[0], call(function, without_flag, others))
+    if kwargs.get("out") is not None:
+        raise TypeError(f"{name_of(function)}(out=...) of a Dual: write x = f(...) instead of f(..., out=x)")
+    if dual.tangent is None and kind in _OF_TANGENTS and not _any_tangent((args, kwargs)):
+        return function(*values, **options)
+    if kind is Kind.COMPOSITE:
+        return rule.function(*args, **kwargs)  # type: ignore[misc]
+    if kind is Kind.JOINT:
+        return _pair(dual, *rule.function(*args, **kwargs))  # type: ignore[misc]
+    value = function(*values, **options)
+    if kind is Kind.CONSTANT:
+        return value
+    if kind is Kind.FRESH:
+        if first_dual((args[1:], kwargs)) is not None:
+            raise TypeError(
+                f"{name_of(function)} of a number with a tangent would lose it; write x.expand(shape) * 1.0"
+            )
+        return type(dual)(value, None, dual.tracked, dual.fallback) if value.is_floating_point() else value
+    if dual.tracked or not torch.is_grad_enabled():
+        derivative = _tangent(rule, function, value, args, kwargs, values, options)
+    else:
+        _set_grad_enabled(False)  # torch.no_grad() costs two microseconds more
+        try:
+            derivative = _tangent(rule, function, value, args, kwargs, values, options)
+        finally:
+            _set_grad_enabled(True)
+    result = _pair(dual, value, derivative)
+    return result if rule.view == "no" else inplace.note_view(result, args[0], rule.view)
+
+
+_set_grad_enabled = torch._C._set_grad_enabled
+_OF_TANGENTS = (Kind.TANGENT, Kind.JOINT, Kind.LINEAR)
+
+
+def _any_tangent(tree: Any) -> bool:
+    if isinstance(tree, (list, tuple)):
+        return any(_any_tangent(x) for x in tree)
+    return _any_tangent(list(tree.values())) if isinstance(tree, dict) else tangent(tree) is not None
+
+
+def _positional(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """torch.sin(input=x), torch.cat(tensors=[x, y]): the first argument by position, as rules have it."""
+    for name in ("input", "tensors", "self"):
+        if name in kwargs and "condition" not in kwargs:
+            return (kwargs[name],), {k: v for k, v in kwargs.items() if k != name}
+    return (), kwargs
+
+
+def _tangent(rule: Rule, function: Any, value: Any, args: Any, kwargs: Any, values: Any, options: Any) -> Any:
+    if rule.kind is not Kind.LINEAR:
+        return rule.function(value, *args, **kwargs)  # type: ignore[misc]
+    first = args[0]
+    dx = tangent(first) if is_dual(first) or isinstance(first, Tensor) else tangents(first)
+    return None if dx is None else function(dx, *values[1:], **options)
+
+
+def _pair(dual: Any, value: Any, derivative: Any) -> Any:
+    """Value and tangent, which may be tuples of them, as Duals of the kind of `dual`."""
+    if isinstance(value, (tuple, list)):
+        parts = derivative if derivative is not None else [None] * len(value)
+        duals = [_pair(dual, y, dy) for y, dy in zip(value, parts, strict=True)]
+        return type(value)(*duals) if hasattr(value, "_fields") else type(value)(duals)
+    if derivative is None or not (value.is_floating_point() or value.is_complex()):
+        return value
+    if derivative.shape != value.shape:
+        derivative = derivative.expand(value.shape)
+    if derivative.dtype != value.dtype:
+        derivative = derivative.to(value.dtype)
+    return type(dual)(value, derivative, dual.tracked, dual.fallback)
+
+
+def _without_flag(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any, Any]:
+    """Whether `inplace` is on, and the arguments with it turned off."""
+    if "inplace" in kwargs:
+        return bool(kwargs["inplace"]), args, {**kwargs, "inplace": False}
+    if len(args) > rule.inplace:
+        return bool(args[rule.inplace]), (*args[: rule.inplace], False, *args[rule.inplace + 1 :]), kwargs
+    return False, args, kwargs
+
+
+def _how_to_add(function: Any) -> str:
+    name = name_of(function)
+    return (
+        f"no tangent rule for {name}. To add one: (1) write f(out, *args) that returns the tangent of out from "
+        f"pfm.tangents.primal(x) and pfm.tangents.tangent(x); (2) decorate it with @pfm.tangents.rule({name}); (3) "
+        'import it before pfm.jvp. Or pass fallback="finite_difference" to pfm.jvp: this function alone is then '
+        "differenced"
+    )

@@ -1,0 +1,136 @@
+"""Writing to a Dual: it is rebound to the new value and tangent. What cannot be right is refused.
+
+A Dual that owns its data can be rebound, and everyone who holds it sees the new pair. A view cannot: the owner would
+not see the write. A view taken before its owner was written to is stale, and using it raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .parts import is_dual, primals, tangent
+from .registry import Rule, name_of
+from .registry import write as enter
+
+__all__ = ["note_view", "rebind", "write"]
+
+
+def write(call: Any, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An in-place function of which some argument is a Dual; `call` is `call.call`."""
+    target = args[0]
+    if not is_dual(target):
+        raise RuntimeError(  # a TypeError would make Python try x = x + y, which leaves other names of x behind
+            f"{name_of(function)} would write a tangent into a plain tensor {tuple(target.shape)}, which cannot hold "
+            "one; make the target from a Dual (torch.empty_like(x), x.new_zeros(...)), or build it with torch.cat or "
+            "torch.stack"
+        )
+    _refuse_view(target, function)
+    function = rule.function
+    return rebind(target, function(*args, **kwargs) if function in _SPECIAL else call(function, args, kwargs))
+
+
+def rebind(target: Any, result: Any) -> Any:
+    """`target` becomes `result`, cast to the dtype of `target`; returns `target`."""
+    _refuse_view(target, None)
+    value, derivative = (result.primal, result.tangent) if is_dual(result) else (result, None)
+    if value.shape != target.primal.shape:
+        raise RuntimeError(
+            f"an in-place result of shape {tuple(value.shape)} does not fit the Dual of shape "
+            f"{tuple(target.primal.shape)}"
+        )
+    dtype = target.primal.dtype
+    target.primal = value.to(dtype)
+    target.tangent = None if derivative is None else derivative.to(dtype)
+    target.generation += 1
+    return target
+
+
+def _refuse_view(target: Any, function: Any) -> None:
+    if target.is_view:
+        name = "an in-place function" if function is None else name_of(function)
+        raise RuntimeError(
+            f"{name} writes to a view of a Dual {tuple(target.primal.shape)}, which its owner would not see; write "
+            "owner[...] = value, or use the out-of-place form, x = x + y"
+        )
+
+
+def note_view(result: Any, source: Any, view: str) -> Any:
+    """Marks the Duals of `result` as views of `source`; `view` "maybe" looks whether they are."""
+    if isinstance(result, (tuple, list)):
+        for each in result:
+            note_view(each, source, view)
+        return result
+    if not is_dual(result) or not is_dual(source):
+        return result
+    eager = not torch.compiler.is_compiling()
+    if result.primal is source.primal:
+        return source  # x.contiguous(), x.to(...): torch, too, gives back x itself
+    result.is_view = view == "yes" or (eager and result.primal._is_view())
+    if eager and result.is_view:
+        owner = source.owner[0] if source.owner is not None else source
+        result.owner = (owner, owner.generation)
+    return result
+
+
+# ---- in-place functions that have no out-of-place twin -----------------------------------------------------------
+
+
+def _setitem(x: Any, index: Any, value: Any) -> Any:
+    new = x.primal.clone()
+    new[primals(index)] = primals(value)
+    dx, dvalue = tangent(x), tangent(value)
+    if dx is None and dvalue is None:
+        return new
+    with _grad_of(x, value):
+        dnew = torch.zeros_like(x.primal) if dx is None else dx.clone()
+        dnew[primals(index)] = 0.0 if dvalue is None else dvalue.to(dnew.dtype)
+    return type(x)(new, dnew, x.tracked, x.fallback)
+
+
+def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
+    value = primals(source)
+    new = value.to(x.primal.device, x.primal.dtype).expand(x.primal.shape).clone()
+    dsource = tangent(source)
+    if dsource is None:
+        return new
+    with _grad_of(x, source):
+        dnew = dsource.to(x.primal.device, x.primal.dtype).expand(x.primal.shape).clone()
+    return type(x)(new, dnew, x.tracked, x.fallback)
+
+
+def _zero(x: Any) -> Any:
+    return torch.zeros_like(x.primal)
+
+
+def _fill(x: Any, value: Any) -> Any:
+    if is_dual(value):
+        return _copy(x, value)
+    return torch.full_like(x.primal, value)
+
+
+def _grad_of(*xs: Any) -> Any:
+    tracked = any(x.tracked for x in xs if is_dual(x))
+    return torch.set_grad_enabled(tracked and torch.is_grad_enabled())
+
+
+_SPECIAL = (_setitem, _copy, _zero, _fill)
+_AUGMENTED = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div", "__ipow__": "pow"}
+
+
+def _enter_all() -> None:
+    for name in dir(Tensor):
+        plain = _AUGMENTED.get(name) or (name[:-1] if name.endswith("_") and not name.startswith("_") else None)
+        if plain is not None and callable(getattr(Tensor, plain, None)):
+            enter([getattr(Tensor, name)], getattr(Tensor, plain))
+            if not name.startswith("_") and hasattr(torch, name):
+                enter([getattr(torch, name)], getattr(Tensor, plain))
+    for special, name in zip(_SPECIAL, ("__setitem__", "copy_", "zero_", "fill_"), strict=True):
+        enter([getattr(Tensor, name)], special)  # type: ignore[arg-type]
+    for name in ("relu_", "leaky_relu_", "elu_", "selu_", "celu_", "hardtanh_", "threshold_", "rrelu_"):
+        enter([getattr(torch.nn.functional, name)], getattr(torch.nn.functional, name[:-1]))
+
+
+_enter_all()

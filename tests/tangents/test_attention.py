@@ -1,0 +1,212 @@
+"""Attention: what the value is, what is kept for backward, how much memory the tangent works in, what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyflowmap as pfm
+from pyflowmap.tangents.rules import attention as rules
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, c: float | None = None) -> Tensor:
+    scores = q @ k.mT * (1.0 / math.sqrt(q.shape[-1]) if c is None else c)
+    return torch.softmax(scores if mask is None else scores.masked_fill(~mask, -math.inf), -1) @ v
+
+
+def draw(*shape: int, n: int = 6, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for _ in range(n)]
+
+
+def jvp_of(function: Any, xs: list[Tensor], dxs: list[Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    return pfm.jvp(function, tuple(xs), tuple(dxs), **options)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that was made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 10_000])
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_of_any_size_give_the_same(block: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v, dq, dk, dv = draw(2, 3, 9, 4)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() if causal else None
+    y, dy = torch.func.jvp(lambda q, k, v: formula(q, k, v, mask), (q, k, v), (dq, dk, dv))
+    with mock.patch.object(rules, "BLOCK", block), torch.no_grad():
+        value, tangent = jvp_of(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal), [q, k, v], [dq, dk, dv]
+        )
+    torch.testing.assert_close(value, y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tangent, dy, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 7), (7, 7), (1, 3, 7, 7), (2, 3, 1, 7)])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_masks_broadcast(shape: tuple[int, ...], tracked: bool) -> None:
+    torch.manual_seed(1)
+    xs, dxs = draw(2, 3, 7, 4, n=3), draw(2, 3, 7, 4, n=3)
+    mask = torch.rand(shape) > 0.3
+    mask[..., 0] = True
+    expected = torch.func.jvp(lambda q, k, v: formula(q, k, v, mask), tuple(xs), tuple(dxs))[1]
+    with mock.patch.object(rules, "BLOCK", 30):
+        found = jvp_of(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), xs, dxs, track_tangent=tracked
+        )[1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("tracked", [False, True])
+def test_a_query_that_sees_nothing_is_zero(recorded: bool, tracked: bool) -> None:
+    xs, dxs = draw(1, 2, 5, 4, n=3), draw(1, 2, 5, 4, n=3)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    xs = [x.requires_grad_(recorded) for x in xs]
+    y, dy = jvp_of(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), xs, dxs, track_tangent=tracked
+    )
+    assert dy.isfinite().all() and y.isfinite().all()
+    assert not y[:, :, 2].any() and not dy[:, :, 2].any() and dy[:, :, 3].all()
+
+
+def test_recorded_value_is_torchs_own_and_keeps_no_matrix() -> None:
+    n, shape = 512, (1, 2, 512, 16)
+    xs, dxs = draw(*shape, n=3, dtype=torch.float32), draw(*shape, n=3, dtype=torch.float32)
+    xs = [x.requires_grad_() for x in xs]
+    saved: list[int] = []
+
+    def note(x: Tensor) -> Tensor:
+        saved.append(x.untyped_storage().nbytes())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        plain = F.scaled_dot_product_attention(*xs)
+        kept_by_plain, saved[:] = sum(saved), []
+        y, _ = jvp_of(F.scaled_dot_product_attention, xs, dxs)
+    assert torch.equal(y, plain)
+    assert sum(saved) == kept_by_plain < 2 * n * n * 4
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_untracked_tangent_works_in_bounded_memory(recorded: bool) -> None:
+    n, shape = 1024, (1, 4, 1024, 8)
+    xs, dxs = draw(*shape, n=3, dtype=torch.float32), draw(*shape, n=3, dtype=torch.float32)
+    xs = [x.requires_grad_(recorded) for x in xs]
+    one_core = mock.patch("torch.get_num_threads", return_value=1)
+    with mock.patch.object(rules, "BLOCK", 1 << 14), one_core, Largest() as largest:
+        jvp_of(F.scaled_dot_product_attention, xs, dxs)
+    assert largest.numbers <= max(1 << 14, 4 * n * 8)  # P has 4 n^2 = 2^22 numbers
+
+
+def test_heads_are_joined_without_a_copy() -> None:
+    xs, dxs = draw(2, 3, 5, 4, n=3), draw(2, 3, 5, 4, n=3)
+    y, dy = jvp_of(F.scaled_dot_product_attention, xs, dxs)
+    assert y.transpose(1, 2).is_contiguous() and dy.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_compiled_is_one_operator_for_every_length(recorded: bool) -> None:
+    def run(*args: Tensor) -> Any:
+        return pfm.jvp(F.scaled_dot_product_attention, args[:3], args[3:])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (5, 9):
+        args = draw(2, 3, length, 4)
+        args = [x.requires_grad_(recorded and i < 3) for i, x in enumerate(args)]
+        for a, b in zip(compiled(*args), run(*args), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_casts_as_torch_does() -> None:
+    xs, dxs = draw(2, 3, 9, 8, n=3, dtype=torch.float32), draw(2, 3, 9, 8, n=3, dtype=torch.float32)
+    exact = torch.func.jvp(formula, tuple(xs), tuple(dxs))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.scaled_dot_product_attention(*xs)
+        with torch.no_grad():
+            found = jvp_of(F.scaled_dot_product_attention, xs, dxs)
+    assert found[0].dtype == found[1].dtype == plain.dtype == torch.bfloat16
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+def test_a_mask_with_a_tangent_raises() -> None:
+    x, mask = torch.randn(1, 1, 4, 4), torch.zeros(4, 4)
+    with pytest.raises(NotImplementedError, match=r"attn_mask\.detach"):
+        pfm.jvp(
+            lambda x, m: F.scaled_dot_product_attention(x, x, x, attn_mask=m),
+            (x, mask),
+            (torch.ones_like(x), torch.ones_like(mask)),
+        )
+
+
+def test_mask_and_causal_exclude_each_other() -> None:
+    x, mask = torch.randn(1, 1, 4, 4), torch.zeros(4, 4)
+    for raised, grad in ((ValueError, True), (ValueError, False)):
+        with torch.set_grad_enabled(grad), pytest.raises(raised, match="is_causal"):
+            jvp_of(lambda x: F.scaled_dot_product_attention(x, x, x, mask, is_causal=True), [x], [x])
+
+
+# ---- torch's own modules as they stand -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer(norm_first: bool, grad: bool) -> None:
+    torch.manual_seed(2)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first, activation="gelu")
+    encoder = nn.TransformerEncoder(layer.double().eval(), 2, enable_nested_tensor=False)
+    x, dx = draw(2, 5, 8, n=2)
+    with torch.set_grad_enabled(grad):
+        y, dy = pfm.jvp(encoder, (x,), (dx,))
+        ends = [encoder(x + h * dx) for h in (1e-5, -1e-5)]
+    torch.testing.assert_close(y, encoder(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dy, (ends[0] - ends[1]) / 2e-5, rtol=1e-7, atol=1e-7)
+
+
+def test_multihead_attention_with_dropout_and_weights() -> None:
+    torch.manual_seed(3)
+    layer = nn.MultiheadAttention(8, 2, dropout=0.4, batch_first=True).double().train()
+    x, dx = draw(2, 5, 8, n=2)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+    def seeded(x: Tensor) -> Any:
+        torch.manual_seed(7)
+        return layer(x, x, x, key_padding_mask=padding)
+
+    (y, w), (dy, dw) = pfm.jvp(seeded, (x,), (dx,))
+    ends = [seeded(x + h * dx) for h in (1e-5, -1e-5)]
+    for found, a, b in zip((dy, dw), *ends, strict=True):
+        torch.testing.assert_close(found, (a - b) / 2e-5, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close((y, w), seeded(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_networks_are_refused(cell: Any) -> None:
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(pfm.tangents.MissingRule, match="no tangent rule"):
+        pfm.jvp(cell(4, 5), (x,), (x,))
+
+
+def test_the_fast_path_of_an_encoder_layer_is_refused() -> None:
+    x = torch.randn(2, 3, 8)
+    with pytest.raises(pfm.tangents.MissingRule, match="_native_multi_head_attention"):
+        weights = [torch.randn(24, 8), torch.randn(24), torch.randn(8, 8), torch.randn(8)]
+        pfm.jvp(lambda x: torch._native_multi_head_attention(x, x, x, 8, 2, *weights), (x,), (x,))

@@ -1,0 +1,301 @@
+"""Writing to Duals: what torch.func.jvp does, or an error; eager and compiled."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import pyflowmap as pfm
+from pyflowmap.tangents import Dual, TensorDual
+
+EVEN, ODD = (Ellipsis, slice(0, None, 2)), (Ellipsis, slice(1, None, 2))
+MASK = torch.tensor([True, False, True, False])
+
+
+def rotary(x: Tensor, angle: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out[..., 0::2] = x[..., 0::2] * angle.cos() - x[..., 1::2] * angle.sin()
+    out[..., 1::2] = x[..., 0::2] * angle.sin() + x[..., 1::2] * angle.cos()
+    return out
+
+
+def augmented(x: Tensor, y: Tensor) -> Tensor:
+    x = x.sin()
+    x += y.repeat(1, 2)
+    x *= 1.5
+    x -= 0.3 * x
+    x /= 2.0 + x.square()
+    return x
+
+
+def methods(x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone()
+    x.add_(y.repeat(1, 2), alpha=0.5).mul_(x).clamp_(-1.0, 2.0)
+    return x.exp_()
+
+
+def masked(x: Tensor, y: Tensor) -> Tensor:
+    x = x * 2
+    x.masked_fill_(MASK, -3.0)
+    return x.tanh() * x * y.repeat(1, 2)
+
+
+def indexed(x: Tensor, y: Tensor) -> Tensor:
+    x = x * x
+    x[0] = y[1].repeat(2)
+    x[1, 2:] = 7.0
+    x[:, MASK] = x[:, ~MASK] * y
+    x[torch.tensor([2]), torch.tensor([3])] = x[0, 0] * 0.5
+    return x * x
+
+
+def zeroed(x: Tensor, y: Tensor) -> Tensor:
+    z = x.exp()
+    z.zero_()
+    z += y.repeat(1, 2)
+    return z * x
+
+
+def filled(x: Tensor, y: Tensor) -> Tensor:
+    z = x.clone()
+    z.fill_(2.5)
+    z[..., :2] = y
+    return z * z
+
+
+def copied(x: Tensor, y: Tensor) -> Tensor:
+    z = torch.zeros_like(x)
+    z.copy_(y[:, :1])  # broadcasts
+    w = x.new_empty(3, 2)
+    w.copy_(y)
+    return z * x + w.repeat(1, 2)
+
+
+def activated(x: Tensor, y: Tensor) -> Tensor:
+    z = F.relu(x * 3, inplace=True) + F.silu(x - 1, inplace=True) + F.leaky_relu(x + 1, 0.1, True)
+    return (z - y.repeat(1, 2)).relu_()
+
+
+def constant_written(x: Tensor, y: Tensor) -> Tensor:
+    z = x * y.repeat(1, 2)
+    z[:, 0] = torch.arange(3.0, dtype=z.dtype)
+    z[:, 1].sum()
+    return z.cumsum(1)
+
+
+FUNCTIONS = [
+    rotary, augmented, methods, masked, indexed, zeroed, filled, copied, activated, constant_written,
+]  # fmt: skip
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+def arguments() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x, dx = (torch.randn(3, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    y, dy = (torch.randn(3, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    return (x, y), (dx, dy)
+
+
+@each_function
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_tangent_is_written_too(function: Callable, as_tensor: bool) -> None:
+    primals, tangents = arguments()
+    expected = function(*primals), difference(function, primals, tangents)
+    before = [x.clone() for x in (*primals, *tangents)]
+    actual = pfm.jvp(function, primals, tangents, as_tensor=as_tensor)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-7, atol=1e-8)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*primals, *tangents), strict=True)), (
+        "an argument was written to"
+    )
+
+
+@each_function
+@pytest.mark.parametrize("moved", [0, 1])
+def test_one_tangent_alone(function: Callable, moved: int) -> None:
+    primals, tangents = arguments()
+    alone = tuple(dx if i == moved else None for i, dx in enumerate(tangents))
+    if moved == 1 and function not in (masked, activated, constant_written):  # x is plain: so is what is written to
+        with pytest.raises(RuntimeError, match="plain tensor"):
+            pfm.jvp(function, primals, alone)
+        return
+    expected = difference(function, primals, tuple(0.0 if dx is None else dx for dx in alone))
+    torch.testing.assert_close(pfm.jvp(function, primals, alone)[1], expected, rtol=1e-7, atol=1e-8)
+
+
+@each_function
+def test_gradients_of_the_written_primal(function: Callable) -> None:
+    """Autograd refuses some of these written in place; of Duals all are out of place. By differences, then."""
+    primals, tangents = arguments()
+    leaves = [x.clone().requires_grad_() for x in primals]
+    gradients = torch.autograd.grad(
+        pfm.jvp(function, tuple(leaves), tangents)[0].square().sum(), leaves, materialize_grads=True
+    )
+    slope = sum((g * dx).sum() for g, dx in zip(gradients, tangents, strict=True))
+    expected = difference(lambda *x: function(*x).square().sum(), primals, tangents)
+    torch.testing.assert_close(slope, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
+def test_compiled(tracked: bool) -> None:
+    def all_of_them(primals: Any, tangents: Any) -> Any:
+        return [pfm.jvp(f, primals, tangents, track_tangent=tracked) for f in functions]
+
+    functions = [rotary, indexed] if tracked else FUNCTIONS
+    torch._dynamo.reset()
+    primals, tangents = arguments()
+    found = torch.compile(all_of_them, backend="aot_eager", fullgraph=True)(primals, tangents)
+    for function, pair in zip(functions, found, strict=True):
+        expected = pfm.jvp(function, primals, tangents)
+        torch.testing.assert_close(
+            pair, expected, rtol=1e-12, atol=1e-12, msg=lambda m, f=function: f"{f.__name__}: {m}"
+        )
+
+
+def difference(function: Callable, primals: Any, tangents: Any, h: float = 1e-5) -> Tensor:
+    ends = [function(*[x + step * dx for x, dx in zip(primals, tangents, strict=True)]) for step in (h, -h)]
+    return (ends[0] - ends[1]) / (2 * h)
+
+
+def test_gradient_through_a_tracked_written_tangent() -> None:
+    (x, y), (dx, dy) = arguments()
+    gradients = []
+    for jvp in (
+        lambda a: pfm.jvp(indexed, (a, y), (dx, dy), track_tangent=True),
+        lambda a: torch.func.jvp(indexed, (a, y), (dx, dy)),
+    ):
+        leaf = x.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(jvp(leaf)[1].square().sum(), leaf))
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+# ---- refusals ----
+
+
+@pytest.fixture(params=[Dual, TensorDual])
+def x(request: pytest.FixtureRequest) -> Any:
+    return request.param(torch.ones(2, 4), torch.full((2, 4), 0.5))
+
+
+def test_an_augmented_index_raises(x: Any) -> None:
+    with pytest.raises(RuntimeError, match="view of a Dual"):
+        x[:, ::2] += 1.0
+    assert torch.equal(x.primal, torch.ones(2, 4))
+
+
+def test_a_stale_view_raises(x: Any) -> None:
+    row = x[0]
+    x += 1.0
+    with pytest.raises(RuntimeError, match="after its owner was written to"):
+        row * 2.0
+    assert torch.equal((x[0] * 2.0).primal, torch.full((4,), 4.0))  # a later view is good
+
+
+def test_a_stale_view_of_a_view_raises(x: Any) -> None:
+    part = x.view(4, 2).transpose(0, 1)[0]
+    x.mul_(2.0)
+    with pytest.raises(RuntimeError, match="after its owner was written to"):
+        torch.stack([part, part])
+
+
+@pytest.mark.parametrize(
+    "write", ["add_", "__setitem__", "zero_", "copy_", "relu_", "fill_", "masked_fill_", "inplace"]
+)
+def test_writing_to_a_view_raises(x: Any, write: str) -> None:
+    view = x[:, 1:3]
+    writes = {
+        "add_": lambda: view.add_(1.0),
+        "__setitem__": lambda: view.__setitem__(0, 1.0),
+        "zero_": lambda: view.zero_(),
+        "copy_": lambda: view.copy_(torch.ones(2, 2)),
+        "relu_": lambda: torch.relu_(view),
+        "fill_": lambda: view.fill_(2.0),
+        "masked_fill_": lambda: view.masked_fill_(torch.ones(2, 2, dtype=torch.bool), 0.0),
+        "inplace": lambda: F.relu(view, inplace=True),
+    }
+    with pytest.raises(RuntimeError, match="view of a Dual"):
+        writes[write]()
+    assert torch.equal(x.primal, torch.ones(2, 4)), "the owner's value was written to before the refusal"
+
+
+@pytest.mark.parametrize(
+    "chunked", [lambda x: x.chunk(2), lambda x: x.split(1), lambda x: x.unbind(0), lambda x: list(x)]
+)
+def test_parts_are_views(x: Any, chunked: Callable) -> None:
+    with pytest.raises(RuntimeError, match="view of a Dual"):
+        chunked(x)[0].mul_(2.0)
+
+
+def test_a_plain_tensor_takes_no_tangent(x: Any) -> None:
+    plain = torch.zeros(2, 4)
+    for write in (
+        lambda: plain.add_(x),
+        lambda: plain.__setitem__(0, x[0]),
+        lambda: plain.copy_(x),
+        lambda: plain.__iadd__(x),
+        lambda: operator.iadd(plain[0], x[0]),
+        lambda: operator.imul(plain, x),
+        lambda: torch.relu_(plain).sub_(x),
+        lambda: plain.index_copy_(0, torch.tensor([0]), x[:1]),
+        lambda: plain.masked_scatter_(torch.ones(2, 4, dtype=torch.bool), x),
+        lambda: plain.addcmul_(plain, x),
+        lambda: plain.lerp_(x, 0.5),
+    ):
+        with pytest.raises(RuntimeError, match=r"plain tensor|no tangent rule"):
+            write()
+    assert torch.equal(plain, torch.zeros(2, 4))
+
+
+def test_out_raises(x: Any) -> None:
+    out = torch.zeros(2, 4)
+    for call in (
+        lambda: torch.sin(x, out=out),
+        lambda: torch.add(x, 1.0, out=out),
+        lambda: torch.stack([x[0]], out=out),
+    ):
+        with pytest.raises(TypeError, match="out="):
+            call()
+    with pytest.raises(TypeError):
+        torch.sin(torch.zeros(2, 4), out=x)
+    assert torch.equal(out, torch.zeros(2, 4))
+
+
+def test_a_result_of_another_shape_raises(x: Any) -> None:
+    with pytest.raises(RuntimeError, match="does not fit"):
+        x.add_(torch.ones(3, 2, 4))
+
+
+def test_a_write_keeps_the_dtype() -> None:
+    x = Dual(torch.ones(3, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16))
+    x += Dual(torch.ones(3), torch.full((3,), 2.0))
+    assert (x.dtype, x.tangent.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert x.tangent.tolist() == [3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("function", [torch.relu_, F.elu_, torch.exp_, F.hardtanh_, torch.nn.functional.threshold_])
+def test_functions_with_an_underscore(function: Callable) -> None:
+    more = (0.5, 0.1) if function is F.threshold_ else ()
+    primals, tangents = arguments()
+    expected = difference(lambda x: function(x.clone(), *more), primals[:1], tangents[:1])
+    actual = pfm.jvp(lambda x: function(x * 1.0, *more), primals[:1], tangents[:1])[1]
+    torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_two_names_of_one_dual_see_the_write(x: Any) -> None:
+    same = x
+    x *= 3.0
+    assert same is x
+    assert torch.equal(same.tangent, torch.full((2, 4), 1.5))
+
+
+def test_a_write_in_a_module_that_asks_for_it() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 2)).double()
+    (x, _), (dx, _) = arguments()
+    expected = torch.func.jvp(network, (x,), (dx,))
+    torch.testing.assert_close(pfm.jvp(network, (x,), (dx,)), expected)
