@@ -21,6 +21,7 @@ TITLES = {
     "ode": "ODE drivers",
     "noise": "Normal numbers",
     "loss": "Losses with their gradient",
+    "jvp": "Jacobian-vector products",
     "storage": "Other storage, other outputs",
 }
 

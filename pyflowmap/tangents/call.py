@@ -42,24 +42,24 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
         args, kwargs = _positional(kwargs)
         values, options = _positional(options)
     kind = rule.kind
-    if kind is Kind.WRITE:
+    if kind is _WRITE:
         return inplace.write(call, rule, function, args, kwargs)
     if rule.inplace >= 0:
         asked, without_flag, others = _without_flag(rule, args, kwargs)
         if asked:
             return inplace.rebind(args[0], call(function, without_flag, others))
-    if kwargs.get("out") is not None:
+    if kwargs and kwargs.get("out") is not None:
         raise TypeError(f"{name_of(function)}(out=...) of a Dual: write x = f(...) instead of f(..., out=x)")
     if dual.tangent is None and kind in _OF_TANGENTS and not _any_tangent((args, kwargs)):
         return function(*values, **options)
-    if kind is Kind.COMPOSITE:
+    if kind is _COMPOSITE:
         return rule.function(*args, **kwargs)  # type: ignore[misc]
-    if kind is Kind.JOINT:
+    if kind is _JOINT:
         return _pair(dual, *rule.function(*args, **kwargs))  # type: ignore[misc]
     value = function(*values, **options)
-    if kind is Kind.CONSTANT:
+    if kind is _CONSTANT:
         return value
-    if kind is Kind.FRESH:
+    if kind is _FRESH:
         if first_dual((args[1:], kwargs)) is not None:
             raise TypeError(
                 f"{name_of(function)} of a number with a tangent would lose it; write x.expand(shape) * 1.0"
@@ -77,6 +77,10 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
     return result if rule.view == "no" else inplace.note_view(result, args[0], rule.view)
 
 
+# Members of an Enum are looked up slowly, and this is asked of every function.
+_WRITE, _COMPOSITE, _JOINT, _CONSTANT, _FRESH, _LINEAR = (
+    Kind.WRITE, Kind.COMPOSITE, Kind.JOINT, Kind.CONSTANT, Kind.FRESH, Kind.LINEAR,
+)  # fmt: skip
 _set_grad_enabled = torch._C._set_grad_enabled
 _OF_TANGENTS = (Kind.TANGENT, Kind.JOINT, Kind.LINEAR)
 
@@ -96,7 +100,7 @@ def _positional(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]
 
 
 def _tangent(rule: Rule, function: Any, value: Any, args: Any, kwargs: Any, values: Any, options: Any) -> Any:
-    if rule.kind is not Kind.LINEAR:
+    if rule.kind is not _LINEAR:
         return rule.function(value, *args, **kwargs)  # type: ignore[misc]
     first = args[0]
     dx = tangent(first) if is_dual(first) or isinstance(first, Tensor) else tangents(first)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -172,23 +173,23 @@ _NO_TENSOR = ("'Dual'", "not Dual", "got Dual", "dual.Dual'", "got <class 'pyflo
 
 def _split(result: Any) -> tuple[Any, Any]:
     """A tree of Duals as the trees of values and tangents."""
+    if is_dual(result) or isinstance(result, Tensor):
+        return _split_leaf(result)
     leaves, spec = pytree.tree_flatten(result, is_leaf=is_dual)
-    values: list[Any] = []
-    derivatives: list[Any] = []
-    for leaf in leaves:
-        if not is_dual(leaf):
-            values.append(leaf)
-            floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-            derivatives.append(torch.zeros_like(leaf, requires_grad=False) if floating else None)
-            if not isinstance(leaf, Tensor):
-                _refuse_hidden(leaf)
-            continue
-        values.append(leaf.primal)
-        if leaf.tangent is None:
-            derivatives.append(torch.zeros_like(leaf.primal, requires_grad=False))
-        else:
-            derivatives.append(leaf.tangent if leaf.tracked else end(leaf.tangent, leaf.primal))
-    return pytree.tree_unflatten(values, spec), pytree.tree_unflatten(derivatives, spec)
+    parts = [_split_leaf(leaf) for leaf in leaves]
+    return tuple(pytree.tree_unflatten([part[i] for part in parts], spec) for i in (0, 1))
+
+
+def _split_leaf(leaf: Any) -> tuple[Any, Any]:
+    if not is_dual(leaf):
+        if not isinstance(leaf, Tensor):
+            _refuse_hidden(leaf)
+            return leaf, None
+        return leaf, torch.zeros_like(leaf, requires_grad=False) if leaf.is_floating_point() else None
+    value, derivative = leaf.primal, leaf.tangent
+    if derivative is None:
+        return value, torch.zeros_like(value, requires_grad=False)
+    return value, derivative if leaf.tracked else end(derivative, value)
 
 
 def _refuse_hidden(leaf: Any) -> None:
@@ -216,19 +217,31 @@ def _modules_behind(fn: Any) -> Iterator[nn.Module]:
             yield from (x for x in getattr(each, "__dict__", {}).values() if isinstance(x, nn.Module))
 
 
+_OWN = len(vars(nn.Module()))  # what every module has comes first among its attributes: "training" and so on
+
+
 def _refuse_stored(fn: Any) -> None:
     """A Dual that a module keeps would be used later, with the tangent of another call."""
-    for each in (inner for module in _modules_behind(fn) for inner in module.modules()):
-        for value in vars(each).values():
+    waiting, seen = list(_modules_behind(fn)), set()
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        held = vars(module)
+        waiting += [x for x in held["_modules"].values() if x is not None]
+        if held["_buffers"] and any(map(is_dual, held["_buffers"].values())):
+            raise RuntimeError(f"{type(module).__name__} keeps a Dual as a buffer after its forward; store x.detach()")
+        own = next(iter(held)) == "training"
+        for name, value in islice(held.items(), _OWN if own else 0, None):
             kind = type(value)
             if kind is list or kind is tuple or kind is dict:
-                if not value or not any(map(is_dual, value.values() if kind is dict else value)):
+                if not any(map(is_dual, value.values() if kind is dict else value)):
                     continue
             elif kind not in DUALS:
                 continue
-            name = next(name for name, held in vars(each).items() if held is value)
             raise RuntimeError(
-                f"{type(each).__name__} keeps a Dual in self.{name} after its forward; store x.detach(), or turn the "
+                f"{type(module).__name__} keeps a Dual in self.{name} after its forward; store x.detach(), or turn the "
                 "cache off while differentiating"
             )
 

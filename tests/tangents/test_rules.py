@@ -112,7 +112,9 @@ def test_backward_through_a_tracked_tangent(case: Case) -> None:
     expected = (ends[0] - ends[1]) / 2e-5
     size = float(value.abs() + sum(g.abs().sum() for g in of_primals if g is not None))
     actual = _inner(of_primals, directions)
-    assert abs(float((actual - expected).detach())) < 1e-6 * (1.0 + size), f"gradient in the primal: {actual}, expected {expected}"
+    assert abs(float((actual - expected).detach())) < 1e-6 * (1.0 + size), (
+        f"gradient in the primal: {actual}, expected {expected}"
+    )
 
 
 @each_case
