@@ -191,9 +191,10 @@ def _enter(functions: tuple[Any, ...], entry: Rule) -> None:
 
 def find(function: Any) -> Rule | None:
     """The rule of a callable, or None."""
-    found = RULES.get(function)
-    if found is None and torch.compiler.is_compiling() and getattr(function, "__module__", None) == "torch._tensor":
+    # First, because the compiler's lookup of such a function in RULES fails, and leaves a guard behind that fails, too.
+    if torch.compiler.is_compiling() and getattr(function, "__module__", None) == "torch._tensor":
         return _WRITTEN_IN_PYTHON.get(function.__name__)
+    found = RULES.get(function)
     if found is None:
         key = key_of(function)
         if isinstance(key, torch._ops.OpOverloadPacket) and str(key).startswith("aten."):
