@@ -22,6 +22,12 @@ def _generator(x1: Tensor, seed: int | None, generator: torch.Generator | None) 
     return generator
 
 
+def _draw(law: Callable, rows: int, x1: Tensor, generator: torch.Generator | None) -> Tensor:
+    """torch.rand or torch.randn; asked for a generator, they take no symbolic size (a compiled step, any batch)."""
+    options = {} if generator is None else {"generator": generator}
+    return law(rows, device=x1.device, **options)
+
+
 def _rows(x1: Tensor) -> int:
     if x1.dim() == 0:
         raise ValueError("x1 has no batch dimension; its shape is (B, ...)")
@@ -40,17 +46,17 @@ def _std(std: float) -> float:
     return std
 
 
-def _pair(draw: Callable[[int], Tensor], rows: int, equal: float, device, generator) -> tuple[Tensor, Tensor]:
-    times = draw(2 * rows).view(2, rows)
+def _pair(times: Tensor, equal: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    times = times.view(2, -1)
     s, t = times.amin(0), times.amax(0)
     if equal > 0.0:
-        t = torch.where(torch.rand(rows, device=device, generator=generator) < equal, s, t)
+        t = torch.where(_draw(torch.rand, s.shape[0], times, generator) < equal, s, t)
     return s, t
 
 
 def uniform(x1: Tensor, *, seed: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     """t ~ U(0, 1), shape (B,)."""
-    return torch.rand(_rows(x1), device=x1.device, generator=_generator(x1, seed, generator))
+    return _draw(torch.rand, _rows(x1), x1, _generator(x1, seed, generator))
 
 
 def uniform_pair(
@@ -63,7 +69,7 @@ def uniform_pair(
     True
     """
     rows, equal, generator = _rows(x1), _share(equal), _generator(x1, seed, generator)
-    return _pair(lambda n: torch.rand(n, device=x1.device, generator=generator), rows, equal, x1.device, generator)
+    return _pair(_draw(torch.rand, 2 * rows, x1, generator), equal, generator)
 
 
 def logit_normal(
@@ -76,7 +82,7 @@ def logit_normal(
 ) -> Tensor:
     """t = sigmoid(mean + std z), z ~ N(0, 1). Esser et al. 2024 (SD3), eq. 19."""
     rows, std, generator = _rows(x1), _std(std), _generator(x1, seed, generator)
-    return torch.sigmoid(mean + std * torch.randn(rows, device=x1.device, generator=generator))
+    return torch.sigmoid(mean + std * _draw(torch.randn, rows, x1, generator))
 
 
 def logit_normal_pair(
@@ -94,8 +100,4 @@ def logit_normal_pair(
     A positive `mean` leans towards the data. MeanFlow's own time runs the other way, so its mean changes sign here.
     """
     rows, std, equal, generator = _rows(x1), _std(std), _share(equal), _generator(x1, seed, generator)
-
-    def draw(n: int) -> Tensor:
-        return torch.sigmoid(mean + std * torch.randn(n, device=x1.device, generator=generator))
-
-    return _pair(draw, rows, equal, x1.device, generator)
+    return _pair(torch.sigmoid(mean + std * _draw(torch.randn, 2 * rows, x1, generator)), equal, generator)

@@ -258,6 +258,9 @@ def test_bad_input():
         DiTConfig.size("M")
     with pytest.raises(ValueError, match="without labels"):
         DiT(DiTConfig(image=(3, 8, 12), depth=1, width=32, heads=2, labels=0))(x.float(), s.float(), t.float(), label)
+    for time, words in ((0.5, "s is 0.5"), (s[0], r"s has shape \(\)"), (s[:, None], r"s has shape \(3, 1\)")):
+        with pytest.raises(ValueError, match=words):
+            network(x, time, t, label)
     for make in (rope_2d, sincos_2d):
         with pytest.raises(ValueError, match="channels = 6"):
             make(2, 2, 6)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracles import Gaussian
 
-from pyflowmap import weights
+from pyflowmap import times, weights
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.interpolants import Linear, Trigonometric
 from pyflowmap.nn import MLP, MLPConfig
@@ -165,6 +165,8 @@ def test_seeded_loss_repeats():
         (lambda: progressive(FlowMap(small()), X1, x0=X0[:4]), ValueError, r"x0 has shape \(4, 3\)"),
         (lambda: flow_matching(FlowMap(small()), X1.long()), TypeError, "int64"),
         (lambda: flow_matching(FlowMap(small()), X1[:0]), ValueError, "empty batch"),
+        (lambda: flow_matching(FlowMap(small()), X1, times=times.uniform_pair), ValueError, "times gave 2 times"),
+        (lambda: progressive(small(), X1), TypeError, "flow_map is .*wrap the network"),
     ],
 )
 def test_bad_input(call, error, words):

@@ -324,6 +324,13 @@ X = torch.zeros(4, 2)
         (lambda: mean_flow(FlowMap(Tiny(2)), X, equal=-0.1), ValueError, "equal = -0.1"),
         (lambda: mean_flow(FlowMap(Tiny(2)), X.long()), TypeError, "int64"),
         (lambda: lagrangian(FlowMap(Tiny(2)), X, x0=X[:2]), ValueError, r"x0 has shape \(2, 2\)"),
+        (lambda: lagrangian(Tiny(2), X), TypeError, "flow_map is Tiny; wrap the network"),
+        (lambda: lagrangian(FlowMap(Tiny(2)), X, teacher=Tiny(2)), TypeError, "teacher is Tiny"),
+        (lambda: mean_flow(FlowMap(Tiny(2)), X, weight=2.0), TypeError, "weight = 2.0"),
+        (lambda: mean_flow(FlowMap(Tiny(2)), X[:2], times=pfm.times.uniform), ValueError, r"\(2,\).*law of pairs"),
+        (lambda: lagrangian(FlowMap(Tiny(2)), X, times=lambda x: (0.2, 0.8)), ValueError, "0.2 and 0.8"),
+        (lambda: lagrangian(FlowMap(Tiny(2)), X, times=lambda x: (x[:3, 0], x[:3, 0])), ValueError, r"tensors \(4,\)"),
+        (lambda: mean_flow(FlowMap(Tiny(2)), X, guidance=2.0), TypeError, "guidance is float.*baked_guidance"),
         (lambda: baked_guidance(1.0, 1.0, null={"label": 9}), ValueError, "kappa = 1.0"),
         (lambda: baked_guidance(2.0), ValueError, "null"),
         (lambda: baked_guidance(2.0, null={"label": 9}, drop=2), ValueError, "drop = 2"),
@@ -362,6 +369,23 @@ def test_a_tangent_that_was_not_tracked_cannot_be_differentiated_by_mistake():
 
 
 # ---- training -----------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_compiled_step_takes_any_batch(objective):
+    """Times drawn on symbolic sizes; where the share is no whole number of rows, neither part is left out."""
+    step = Step(Tiny(3, width=8), objective)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    for rows in (16, 13, 7, 2):
+        loss, parts = compiled(torch.randn(rows, 3))
+        assert bool(loss.isfinite()) and set(parts) == {"error", "flow_matching", objective.__name__}
+        # 0.75 of the rows, rounded, but not all of them
+        near = {16: 12, 13: 10, 7: 5, 2: 1}[rows] / rows
+        mixed = near * parts["flow_matching"] + (1.0 - near) * parts[objective.__name__]
+        torch.testing.assert_close(parts["error"], mixed, rtol=1e-5, atol=1e-6)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="one row cannot be shared out"):
+        compiled(torch.randn(1, 3))
 
 
 @BOTH

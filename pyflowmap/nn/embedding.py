@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..tangents.parts import is_dual
+
 __all__ = ["Embedding", "sinusoidal", "zero"]
 
 
@@ -48,6 +50,13 @@ class Embedding(nn.Module):
             nn.init.normal_(self.label.weight, std=0.5)
 
     def forward(self, s: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        for name, time in (("s", s), ("t", t)):
+            if not (isinstance(time, Tensor) or is_dual(time)) or time.dim() != 1:
+                shown = f"has shape {tuple(time.shape)}" if hasattr(time, "shape") else f"is {time!r}"
+                raise ValueError(
+                    f"the time {name} {shown}; a network takes one time per sample, (B,), e.g. torch.full((B,), 0.5); "
+                    "pfm.FlowMap(network) takes numbers"
+                )
         dtype = self.start.weight.dtype
         e = self.start(sinusoidal(s, self.time_channels).to(dtype)) + self.span(
             sinusoidal(t - s, self.time_channels).to(dtype)

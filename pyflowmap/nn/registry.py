@@ -34,7 +34,8 @@ def describe(network: nn.Module) -> dict[str, Any]:
     name = type(network).__name__
     if name not in _networks or type(network) is not _networks[name][0]:
         raise TypeError(
-            f"{name} is not a registered network, so no file can rebuild it; decorate it with @pfm.nn.register(Config)"
+            f"{name} is not a registered network, so no file can rebuild it; decorate it with "
+            "@pfm.nn.register(Config), or pass the network that it wraps (.module, ._orig_mod)"
         )
     return {"name": name, "config": dataclasses.asdict(network.config)}  # type: ignore[call-overload]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algebra import evaluate, lazy
 from ..flow_map import FlowMap
 from ..guidance import cfg
+from ..times import uniform
 from .loss import frozen_teacher
 
 __all__ = ["baked_guidance"]
@@ -57,8 +58,7 @@ class baked_guidance:
     ) -> tuple[Tensor, dict[str, Any]]:
         """(b_g, the condition with rows dropped)."""
         null = cfg(self.omega, null=self.null).without(condition)
-        generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + 2)
-        dropped = torch.rand(s.shape, device=s.device, generator=generator) < self.drop
+        dropped = uniform(s, seed=None if seed is None else seed + 2) < self.drop
         kept = self._dropped(condition, null, dropped) if self.drop > 0.0 else condition
         guided = ~dropped
         if self.interval is not None:

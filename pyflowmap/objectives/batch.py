@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_batch", "check_share", "rows_of", "whole"]
+from ..flow_map import FlowMap
+
+__all__ = ["check_inputs", "check_share", "pairs_of", "rows_of", "whole"]
 
 
-def check_batch(x1: Tensor, x0: Tensor | None) -> None:
+def check_inputs(
+    flow_map: FlowMap, x1: Tensor, x0: Tensor | None, weight: Callable, teacher: FlowMap | None = None
+) -> None:
     """One-line errors for what every objective is given."""
+    for name, each in (("flow_map", flow_map), ("teacher", flow_map if teacher is None else teacher)):
+        if not isinstance(each, FlowMap):
+            raise TypeError(f"{name} is {type(each).__name__}; wrap the network: pfm.FlowMap(network, call=...)")
+    if not callable(weight):
+        raise TypeError(
+            f"weight = {weight!r}; it is a function of (error, s=, t=, size=), e.g. pfm.weights.constant(2)"
+        )
     if not isinstance(x1, Tensor) or not x1.is_floating_point() or x1.dim() < 2:
         shown = f"{x1.dtype} of shape {tuple(x1.shape)}" if isinstance(x1, Tensor) else type(x1).__name__
         raise TypeError(f"x1 is {shown}; data is a floating-point tensor (B, ...), e.g. x1.float()")
@@ -27,6 +38,20 @@ def check_share(share: float, name: str) -> None:
         raise ValueError(f"{name} = {share}; it is a share of the batch, e.g. 0.75")
 
 
+def pairs_of(times: Callable, x1: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    """(s, t) as the law `times` draws them, a row each."""
+    drawn = times(x1) if seed is None else times(x1, seed=seed)
+    if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
+        drawn = drawn.unbind(0)
+    pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
+    if not pair or not all(isinstance(t, Tensor) and t.shape[:1] == x1.shape[:1] for t in drawn):
+        shown = " and ".join(_shown(t) for t in drawn) if isinstance(drawn, (tuple, list)) else _shown(drawn)
+        raise ValueError(
+            f"times gave {shown}; here it is a law of pairs, two tensors ({x1.shape[0]},), e.g. pfm.times.uniform_pair"
+        )
+    return drawn[0], drawn[1]
+
+
 def rows_of(condition: Mapping[str, Any], rows: int, start: int, stop: int) -> dict[str, Any]:
     """The condition of rows start to stop of `rows`; what has no row per sample is shared."""
     return {
@@ -35,10 +60,23 @@ def rows_of(condition: Mapping[str, Any], rows: int, start: int, stop: int) -> d
     }
 
 
-def whole(expected: float, seed: int | None) -> int:
-    """`expected` rounded up or down at random so that its mean is kept: host only, no sync."""
+def whole(expected: float, rows: int, seed: int | None) -> int:
+    """`expected` of `rows` rows as a whole number, rounded at random so that its mean is kept: host only, no sync.
+
+    Compiled code cannot branch on a random number: there it is the nearest one that leaves out neither part.
+    """
     low = int(expected)
     if expected == low:
         return low
+    if torch.compiler.is_compiling():
+        if rows == 1:
+            raise ValueError(
+                "a batch of one row cannot be shared out in compiled code; compile the network alone, or use more rows"
+            )
+        return min(max(int(expected + 0.5), 1), rows - 1)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return low + int(torch.rand((), generator=generator).item() < expected - low)
+
+
+def _shown(x: Any) -> str:
+    return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

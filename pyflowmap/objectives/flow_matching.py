@@ -11,7 +11,7 @@ from .. import times as time_laws
 from .. import weights
 from ..algebra import inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_batch
+from .batch import check_inputs
 from .loss import Loss
 
 __all__ = ["flow_matching"]
@@ -40,8 +40,10 @@ def flow_matching(
     >>> flow_matching(exact, x1, x0=torch.zeros(4, 3)).mean().item() < 1e-9
     True
     """
-    check_batch(x1, x0)
+    check_inputs(flow_map, x1, x0, weight)
     t = times(x1) if seed is None else times(x1, seed=seed)
+    if isinstance(t, (tuple, list)):
+        raise ValueError(f"times gave {len(t)} times; flow matching takes a law of one, e.g. pfm.times.uniform")
     x, velocity = flow_map.interpolant.draw(x1, t, x0=x0, seed=seed)
     output = flow_map.output(x, t, t, condition or {})
     error = inner(flow_map.as_velocity(output, x, t) - lazy(velocity))

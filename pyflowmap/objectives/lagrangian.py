@@ -12,7 +12,7 @@ from .. import times as time_laws
 from .. import weights
 from ..algebra import Lazy, evaluate, inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_batch, check_share, rows_of, whole
+from .batch import check_inputs, check_share, pairs_of, rows_of, whole
 from .derivative import mean_velocity_jvp, require_mean_velocity
 from .loss import Loss, frozen_teacher
 
@@ -45,7 +45,7 @@ def lagrangian(
 
     times     law of (s, t), s <= t; the diagonal rows use its s
     diagonal  expected share of flow-matching rows, the first of the batch. A share that is no whole number of rows is
-              rounded at random, so it holds at any B
+              rounded at random, so it holds at any B; compiled code rounds to the nearest
     teacher   gives v_t; default: the network itself, without gradient and with dropout off
     weight    of one's own or from `pyflowmap.weights`, e.g. `learned()`
     differentiate_tangent   False: the gradient does not pass through d/dt u, as if one regressed u_{s,t} on
@@ -62,14 +62,14 @@ def lagrangian(
     >>> lagrangian(exact, x1, x0=x1, diagonal=0.5).mean().item()
     0.0
     """
-    check_batch(x1, x0)
+    check_inputs(flow_map, x1, x0, weight, teacher)
     check_share(diagonal, "diagonal")
     require_mean_velocity(flow_map, "lagrangian")
     condition = dict(condition or {})
     rows, size = x1.shape[0], x1[0].numel()
-    n = whole(diagonal * rows, seed)
+    n = whole(diagonal * rows, rows, seed)
 
-    s, t = times(x1) if seed is None else times(x1, seed=seed)
+    s, t = pairs_of(times, x1, seed)
     t = torch.cat([s[:n], t[n:]])
     x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
 

@@ -14,7 +14,7 @@ from .. import weights
 from ..algebra import inner, lazy
 from ..flow_map import FlowMap
 from .baked_guidance import baked_guidance
-from .batch import check_batch, check_share, rows_of, whole
+from .batch import check_inputs, check_share, pairs_of, rows_of, whole
 from .derivative import mean_velocity_jvp, require_mean_velocity
 from .loss import Loss
 
@@ -49,7 +49,8 @@ def mean_flow(
               library's time
     weight    default 1 / sg(e + 0.01), e the sum of squares: the paper's p = 1
     equal     expected share of rows with t = s, the first of the batch: plain flow matching, which needs no derivative
-              and is evaluated apart. Rounded at random where it is no whole number of rows
+              and is evaluated apart. Rounded at random where it is no whole number of rows, to the nearest in compiled
+              code
     guidance  `baked_guidance(omega, kappa, null=...)`: train on a guided velocity
     as_tensor for networks that ask isinstance(x, torch.Tensor); as for `pfm.jvp`
 
@@ -61,14 +62,19 @@ def mean_flow(
     >>> mean_flow(exact, torch.full((4, 2), 3.0), x0=torch.zeros(4, 2)).mean().item()
     0.0
     """
-    check_batch(x1, x0)
+    check_inputs(flow_map, x1, x0, weight)
     check_share(equal, "equal")
     require_mean_velocity(flow_map, "mean_flow")
+    if guidance is not None and not isinstance(guidance, baked_guidance):
+        raise TypeError(
+            f"guidance is {type(guidance).__name__}; what is trained into a network is "
+            'pfm.objectives.baked_guidance(2.0, null={"label": 10})'
+        )
     condition = dict(condition or {})
     rows, size = x1.shape[0], x1[0].numel()
-    n = whole(equal * rows, seed)
+    n = whole(equal * rows, rows, seed)
 
-    s, t = times(x1) if seed is None else times(x1, seed=seed)
+    s, t = pairs_of(times, x1, seed)
     t = torch.cat([s[:n], t[n:]])
     x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
     if guidance is not None:

@@ -12,7 +12,7 @@ from .. import times as time_laws
 from .. import weights
 from ..algebra import evaluate, inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_batch, check_share, rows_of, whole
+from .batch import check_inputs, check_share, pairs_of, rows_of, whole
 from .loss import Loss, frozen_teacher
 
 __all__ = ["progressive"]
@@ -42,22 +42,23 @@ def progressive(
 
     times     law of (s, t), s <= t; the diagonal rows use its s
     diagonal  expected share of flow-matching rows, the first of the batch; below about 0.75 the semigroup term can find
-              its trivial solution. A share that is no whole number of rows is rounded at random, so it holds at any B
+              its trivial solution. A share that is no whole number of rows is rounded at random, so it holds at any B;
+              compiled code rounds to the nearest
     teacher   default: the network itself, without gradient and with dropout off
     weight    of one's own or from `pyflowmap.weights`, e.g. `learned()`
 
     Network evaluations: one of B rows with gradient, two of the off-diagonal rows without.
     Errors: TypeError, ValueError for data, shares and splits out of range.
     """
-    check_batch(x1, x0)
+    check_inputs(flow_map, x1, x0, weight, teacher)
     if split not in ("midpoint", "uniform"):
         raise ValueError(f'split = {split!r}; it is "midpoint" (PSD-M) or "uniform" (PSD-U)')
     check_share(diagonal, "diagonal")
     condition = dict(condition or {})
     rows, size = x1.shape[0], x1[0].numel()
-    n = whole(diagonal * rows, seed)
+    n = whole(diagonal * rows, rows, seed)
 
-    s, t = times(x1) if seed is None else times(x1, seed=seed)
+    s, t = pairs_of(times, x1, seed)
     t = torch.cat([s[:n], t[n:]])
     x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
     output = flow_map.output(x, s, t, condition)
@@ -84,8 +85,7 @@ def _target(teacher: FlowMap, x: Tensor, s: Tensor, t: Tensor, condition: dict, 
     with frozen_teacher(teacher.network):
         g: float | Tensor = 0.5
         if split == "uniform":
-            generator = None if seed is None else torch.Generator(x.device).manual_seed(seed + 1)
-            g = torch.rand(s.shape, device=x.device, generator=generator)
+            g = time_laws.uniform(x, seed=None if seed is None else seed + 1)
         r = g * s + (1.0 - g) * t
         first = teacher.output(x, s, r, condition)
         middle = evaluate(teacher.as_jump(first, x, s, r))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import inplace
 from .differences import difference
-from .parts import first_dual, is_dual, tangent, tangents, unpack
+from .parts import any_tangent, first_dual, is_dual, tangent, tangents, unpack
 from .registry import Kind, MissingRule, Rule, find, name_of
 
 __all__ = ["call"]
@@ -38,6 +38,8 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
         if dual.fallback == "finite_difference":
             return _pair(dual, *difference(function, args, kwargs, dual))
         raise MissingRule(_how_to_add(function))
+    if "axis" in kwargs or "keepdims" in kwargs:
+        kwargs, options = _as_torch(kwargs), _as_torch(options)
     if not args:
         args, kwargs = _positional(kwargs)
         values, options = _positional(options)
@@ -50,12 +52,18 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
             return inplace.rebind(args[0], call(function, without_flag, others))
     if kwargs and kwargs.get("out") is not None:
         raise TypeError(f"{name_of(function)}(out=...) of a Dual: write x = f(...) instead of f(..., out=x)")
-    if dual.tangent is None and kind in _OF_TANGENTS and not _any_tangent((args, kwargs)):
-        return function(*values, **options)
+    if dual.tangent is None and kind in _OF_TANGENTS and not any_tangent((args, kwargs)):
+        value = function(*values, **options)
+        if args and is_dual(args[0]) and value is args[0].primal:
+            return args[0]
+        return value if rule.view == "no" else inplace.note_view(_zero(dual, value), args, rule.view)
     if kind is _COMPOSITE:
         return rule.function(*args, **kwargs)  # type: ignore[misc]
     if kind is _JOINT:
-        return _pair(dual, *rule.function(*args, **kwargs))  # type: ignore[misc]
+        value, derivative = rule.function(*args, **kwargs)  # type: ignore[misc]
+        # dropout in evaluation gives back its argument, which later writes go to
+        same = args and is_dual(args[0]) and value is args[0].primal
+        return args[0] if same else _pair(dual, value, derivative)
     value = function(*values, **options)
     if kind is _CONSTANT:
         return value
@@ -74,7 +82,7 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
         finally:
             _set_grad_enabled(True)
     result = _pair(dual, value, derivative)
-    return result if rule.view == "no" else inplace.note_view(result, args[0], rule.view)
+    return result if rule.view == "no" else inplace.note_view(result, args, rule.view)
 
 
 # Members of an Enum are looked up slowly, and this is asked of every function.
@@ -85,10 +93,10 @@ _set_grad_enabled = torch._C._set_grad_enabled
 _OF_TANGENTS = (Kind.TANGENT, Kind.JOINT, Kind.LINEAR)
 
 
-def _any_tangent(tree: Any) -> bool:
-    if isinstance(tree, (list, tuple)):
-        return any(_any_tangent(x) for x in tree)
-    return _any_tangent(list(tree.values())) if isinstance(tree, dict) else tangent(tree) is not None
+def _as_torch(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """numpy's names of two parameters, which torch takes, too, in the names that rules have."""
+    names = {"axis": "dim", "keepdims": "keepdim"}
+    return {names.get(key, key): value for key, value in kwargs.items()}
 
 
 def _positional(kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -120,6 +128,14 @@ def _pair(dual: Any, value: Any, derivative: Any) -> Any:
     if derivative.dtype != value.dtype:
         derivative = derivative.to(value.dtype)
     return type(dual)(value, derivative, dual.tracked, dual.fallback)
+
+
+def _zero(dual: Any, value: Any) -> Any:
+    """What shares memory with a Dual without a tangent: such a Dual again, or a write to either would pass unseen."""
+    if isinstance(value, (tuple, list)):
+        return type(value)([_zero(dual, y) for y in value])
+    known = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return type(dual)(value, None, dual.tracked, dual.fallback) if known else value
 
 
 def _without_flag(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bool, Any, Any]:

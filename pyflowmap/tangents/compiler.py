@@ -11,11 +11,13 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+from .registry import _WRITTEN_IN_PYTHON, Kind, Rule
+
 __all__ = ["teach_compiler"]
 
 
 def teach_compiler() -> None:
-    for lesson in (_matmul, _tuples):
+    for lesson in (_matmul, _matmul_of_a_tensor, _tuples):
         try:
             lesson()
         except (ImportError, AttributeError):
@@ -32,6 +34,52 @@ def _matmul() -> None:
 
     table = BuiltinVariable._binop_handlers()
     table.setdefault(operator.matmul, []).append(((UserDefinedObjectVariable, UserDefinedObjectVariable), matmul))
+
+
+def _matmul_of_a_tensor() -> None:
+    """Of an object and a tensor it takes the reflected method, or, where it knows none, the method itself with the
+    operands exchanged: a @ b became b @ a."""
+    from torch import Tensor
+    from torch._dynamo.variables import builtin
+
+    builtin.populate_builtin_to_tensor_fn_map()
+    reflected = builtin.BUILTIN_TO_TENSOR_RFN_MAP
+    for function in (operator.matmul, operator.imatmul):
+        reflected.setdefault(function, Tensor.__rmatmul__)
+    for function, swapped in _IN_PLACE.items():  # x += tensor became x = x + tensor, which other names of x do not see
+        if function in reflected:
+            reflected[function] = swapped
+            _WRITTEN_IN_PYTHON[swapped.__name__] = Rule(Kind.COMPOSITE, swapped)
+
+
+def _iadd(tensor: Any, x: Any) -> Any:
+    return x.__iadd__(tensor)
+
+
+def _isub(tensor: Any, x: Any) -> Any:
+    return x.__isub__(tensor)
+
+
+def _imul(tensor: Any, x: Any) -> Any:
+    return x.__imul__(tensor)
+
+
+def _itruediv(tensor: Any, x: Any) -> Any:
+    return x.__itruediv__(tensor)
+
+
+def _imod(tensor: Any, x: Any) -> Any:
+    return x.__imod__(tensor)
+
+
+def _ifloordiv(tensor: Any, x: Any) -> Any:
+    return x.__ifloordiv__(tensor)
+
+
+_IN_PLACE = {
+    operator.iadd: _iadd, operator.isub: _isub, operator.imul: _imul, operator.itruediv: _itruediv,
+    operator.imod: _imod, operator.ifloordiv: _ifloordiv,
+}  # fmt: skip
 
 
 def _tuples() -> None:

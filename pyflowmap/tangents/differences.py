@@ -55,6 +55,6 @@ def _moved(tree: Any, step: float) -> Any:
 def _map(value: Any, function: Any, other: Any = None) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)([_map(x, function, None if other is None else other[i]) for i, x in enumerate(value)])
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     return function(value) if other is None else function(value, other)

@@ -249,6 +249,7 @@ _OPERATORS = {
     "neg": Tensor.neg, "pos": Tensor.positive, "abs": Tensor.abs, "invert": Tensor.bitwise_not,
     "eq": Tensor.eq, "ne": Tensor.ne, "lt": Tensor.lt, "le": Tensor.le, "gt": Tensor.gt, "ge": Tensor.ge,
     "iadd": Tensor.add_, "isub": Tensor.sub_, "imul": Tensor.mul_, "itruediv": Tensor.div_, "ipow": Tensor.pow_,
+    "imod": Tensor.remainder_, "ifloordiv": Tensor.floor_divide_,
     "getitem": Tensor.__getitem__, "setitem": Tensor.__setitem__,
 }  # fmt: skip
 _SWAPPED = {"rpow": torch.pow, "rfloordiv": torch.floor_divide, "rmod": torch.remainder, "rmatmul": torch.matmul}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parts import is_dual, primals, tangent
+from .parts import any_tangent, is_dual, primals, tangent
 from .registry import Rule, name_of
 from .registry import write as enter
 
@@ -27,6 +27,9 @@ def write(call: Any, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: d
             "one; make the target from a Dual (torch.empty_like(x), x.new_zeros(...)), or build it with torch.cat or "
             "torch.stack"
         )
+    if target.is_view and target.tangent is None and not any_tangent((args, kwargs)):
+        function(*primals(args), **primals(kwargs))  # no tangent to lose: into the memory that is the owner's, too
+        return target
     _refuse_view(target, function)
     function = rule.function
     return rebind(target, function(*args, **kwargs) if function in _SPECIAL else call(function, args, kwargs))
@@ -34,6 +37,8 @@ def write(call: Any, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: d
 
 def rebind(target: Any, result: Any) -> Any:
     """`target` becomes `result`, cast to the dtype of `target`; returns `target`."""
+    if result is target:
+        return target
     _refuse_view(target, None)
     value, derivative = (result.primal, result.tangent) if is_dual(result) else (result, None)
     if value.shape != target.primal.shape:
@@ -57,22 +62,45 @@ def _refuse_view(target: Any, function: Any) -> None:
         )
 
 
-def note_view(result: Any, source: Any, view: str) -> Any:
-    """Marks the Duals of `result` as views of `source`; `view` "maybe" looks whether they are."""
+def note_view(result: Any, args: Any, view: str) -> Any:
+    """Marks the Duals of `result` as views of the first argument, or of "each" of them, where they are.
+
+    Decided by strides and indices, not by Tensor._is_view, which knows nothing in inference mode or while compiling.
+    """
     if isinstance(result, (tuple, list)):
-        for each in result:
-            note_view(each, source, view)
-        return result
+        sources: Any = [args[0]] * len(result)
+        if view == "each":
+            sources = args[0] if len(args) == 1 and isinstance(args[0], (tuple, list)) else args
+        return type(result)([_noted(y, x, args, view) for y, x in zip(result, sources, strict=True)])
+    return _noted(result, args[0], args, view)
+
+
+def _noted(result: Any, source: Any, args: Any, view: str) -> Any:
     if not is_dual(result) or not is_dual(source):
         return result
-    eager = not torch.compiler.is_compiling()
     if result.primal is source.primal:
         return source  # x.contiguous(), x.to(...): torch, too, gives back x itself
-    result.is_view = view == "yes" or (eager and result.primal._is_view())
-    if eager and result.is_view:
+    if view == "reshape":
+        result.is_view = source.primal.is_contiguous() or not result.primal.is_contiguous()  # else it is a copy
+    elif view == "index":
+        result.is_view = _is_basic(args[1])
+    else:
+        result.is_view = view != "self"
+    if result.is_view:
         owner = source.owner[0] if source.owner is not None else source
         result.owner = (owner, owner.generation)
     return result
+
+
+def _is_basic(index: Any) -> bool:
+    """Whether x[index] is a view: of numbers, slices, None and ...; lists and tensors copy."""
+    if isinstance(index, tuple):
+        return all(map(_is_basic, index))
+    if isinstance(index, (bool, list, range)):
+        return False
+    if isinstance(index, Tensor):
+        return index.ndim == 0 and index.dtype != torch.bool
+    return getattr(index, "ndim", 0) == 0
 
 
 # ---- in-place functions that have no out-of-place twin -----------------------------------------------------------
@@ -117,7 +145,10 @@ def _grad_of(*xs: Any) -> Any:
 
 
 _SPECIAL = (_setitem, _copy, _zero, _fill)
-_AUGMENTED = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div", "__ipow__": "pow"}
+_AUGMENTED = {
+    "__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div", "__ipow__": "pow",
+    "__imod__": "remainder", "__ifloordiv__": "floor_divide",
+}  # fmt: skip
 
 
 def _enter_all() -> None:

@@ -9,6 +9,7 @@ import torch
 
 __all__ = [
     "DUALS",
+    "any_tangent",
     "check_fresh",
     "first_dual",
     "is_dual",
@@ -97,6 +98,13 @@ def unpack(tree: Any) -> tuple[Any, Any]:
             x = dict(zip(x, parts, strict=True))
         plain.append(x)
     return lead, plain
+
+
+def any_tangent(tree: Any) -> bool:
+    """Whether a Dual in nested lists, tuples and dicts has a tangent."""
+    if isinstance(tree, (list, tuple)):
+        return any(any_tangent(x) for x in tree)
+    return any_tangent(list(tree.values())) if isinstance(tree, dict) else tangent(tree) is not None
 
 
 def check_fresh(x: Any) -> None:

@@ -55,13 +55,17 @@ class Kind(Enum):
 class Rule(NamedTuple):
     kind: Kind
     function: Callable | None = None  # of TANGENT, JOINT, COMPOSITE and WRITE
-    view: str = "no"  # whether the value shares memory with the first argument: "no", "yes", "maybe"
+    # Whether the value shares memory with the first argument: "no"; "yes"; "self", if it is the argument; "reshape", if
+    # strides allow; "index", if the index has no tensor; "each", every one of the values with its own argument.
+    view: str = "no"
     inplace: int = -1  # position of a parameter `inplace`, which asks to write into the first argument
 
 
 RULES: dict[Any, Rule] = {}
 # The compiler turns Dual - Tensor into Tensor.__rsub__, and does not find that function among the keys of RULES.
 _WRITTEN_IN_PYTHON: dict[str, Rule] = {}
+
+_BY_NAME = ("torch._tensor", "pyflowmap.tangents.compiler")
 
 _HOMES = (torch, torch.nn.functional, torch._C._nn, torch.special, torch.linalg, torch._VF)
 _GETTER = type(torch.Tensor.T)  # of the attributes written in C
@@ -192,7 +196,7 @@ def _enter(functions: tuple[Any, ...], entry: Rule) -> None:
 def find(function: Any) -> Rule | None:
     """The rule of a callable, or None."""
     # First, because the compiler's lookup of such a function in RULES fails, and leaves a guard behind that fails, too.
-    if torch.compiler.is_compiling() and getattr(function, "__module__", None) == "torch._tensor":
+    if torch.compiler.is_compiling() and getattr(function, "__module__", None) in _BY_NAME:
         return _WRITTEN_IN_PYTHON.get(function.__name__)
     found = RULES.get(function)
     if found is None:

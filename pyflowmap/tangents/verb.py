@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .dual import Dual
 from .einops import introduce
-from .parts import DUALS, first_dual, is_dual
+from .parts import DUALS, check_fresh, first_dual, is_dual
 from .tensor_dual import TensorDual, refused_where_sharded
 from .untracked import end
 
@@ -89,8 +89,9 @@ def jvp(
         result, aux = result
     if not torch.compiler.is_compiling():
         _refuse_stored(fn)
-    value, derivative = _split(result)
-    return (value, derivative, _split(aux)[0]) if has_aux else (value, derivative)
+    seen = _seeds(args)
+    value, derivative = _split(result, seen)
+    return (value, derivative, _split(aux, seen)[0]) if has_aux else (value, derivative)
 
 
 class _Running(threading.local):
@@ -171,24 +172,57 @@ def _run(fn: Callable, args: list[Any], kwargs: Mapping[str, Any], as_tensor: bo
 _NO_TENSOR = ("'Dual'", "not Dual", "got Dual", "dual.Dual'", "got <class 'pyflowmap")
 
 
-def _split(result: Any) -> tuple[Any, Any]:
-    """A tree of Duals as the trees of values and tangents."""
+_Pairs = list[tuple[Tensor, Tensor]]
+
+
+def _seeds(tree: Any) -> _Pairs:
+    """The values and tangents that fn was given."""
+    if is_dual(tree):
+        return [(tree.primal, tree.tangent)] if tree.tangent is not None else []
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [pair for part in tree for pair in _seeds(part)]
+
+
+def _own(leaf: Any, seen: _Pairs) -> Tensor:
+    """The tangent, in memory of its own where the value has its own: that of x + 1 is that of x itself, and writing to
+    one of the two would change the other."""
+    owner = leaf if leaf.owner is None else leaf.owner[0]
+    value, derivative = owner.primal, owner.tangent
+    for other_value, other in seen:
+        if _alias(derivative, other) and not _alias(value, other_value):
+            seen.append((leaf.primal, leaf.tangent.clone()))
+            return seen[-1][1]
+    seen.append((value, derivative))
+    return leaf.tangent
+
+
+def _alias(a: Any, b: Tensor) -> bool:
+    return a is b or (a is not None and not torch.compiler.is_compiling() and torch._C._is_alias_of(a, b))  # type: ignore[attr-defined]
+
+
+def _split(result: Any, seen: _Pairs) -> tuple[Any, Any]:
+    """A tree of Duals as the trees of values and tangents. `seen`: those that others have hold of."""
     if is_dual(result) or isinstance(result, Tensor):
-        return _split_leaf(result)
+        return _split_leaf(result, seen)
     leaves, spec = pytree.tree_flatten(result, is_leaf=is_dual)
-    parts = [_split_leaf(leaf) for leaf in leaves]
+    parts = [_split_leaf(leaf, seen) for leaf in leaves]
     return tuple(pytree.tree_unflatten([part[i] for part in parts], spec) for i in (0, 1))
 
 
-def _split_leaf(leaf: Any) -> tuple[Any, Any]:
+def _split_leaf(leaf: Any, seen: _Pairs) -> tuple[Any, Any]:
     if not is_dual(leaf):
         if not isinstance(leaf, Tensor):
             _refuse_hidden(leaf)
             return leaf, None
         return leaf, torch.zeros_like(leaf, requires_grad=False) if leaf.is_floating_point() else None
+    check_fresh(leaf)
     value, derivative = leaf.primal, leaf.tangent
     if derivative is None:
         return value, torch.zeros_like(value, requires_grad=False)
+    derivative = _own(leaf, seen)
     return value, derivative if leaf.tracked else end(derivative, value)
 
 

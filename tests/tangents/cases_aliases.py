@@ -50,6 +50,7 @@ SECOND_NAMES = [
     Case("unsafe_split", lambda x: torch.unsafe_split(x, 2), square),
     Case("narrow_copy", lambda x: torch.narrow_copy(x, 1, 1, 2), square, func_jvp=False),
     Case("atleast_1d", lambda x: torch.atleast_1d(x.sum()), square),
+    Case("atleast_1d: two", lambda x, y: torch.atleast_1d(x.sum(), y), lambda: (*square(), *square())),
     Case("atleast_2d", lambda x: torch.atleast_2d(x[0]), square),
     Case("fliplr", torch.fliplr, square),
     Case("flipud", torch.flipud, square),

@@ -77,6 +77,7 @@ NORMS = [
     Case("rms_norm: affine", lambda x, w: F.rms_norm(x, (4, 6), w, 1e-3), of((3, 4, 6), (4, 6))),
     Case("group_norm", lambda x: F.group_norm(x, 2), of((3, 4, 6))),
     Case("group_norm: affine", lambda x, w, b: F.group_norm(x, 2, w, b, 1e-3), of((3, 4, 5, 3), (4,), (4,))),
+    Case("group_norm: strided", lambda x, w, b: F.group_norm(x, 2, w[:, 0], b[:, 1]), of((3, 4, 6), (4, 2), (4, 2))),
     Case(
         "group_norm: channels last",
         lambda x, w, b: F.group_norm(x.contiguous(memory_format=torch.channels_last), 2, w, b),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tangents.case import Case, normal
 from torch import Tensor
@@ -28,6 +30,13 @@ ROWS = torch.tensor([2, 0, 0, 3])
 PLACES = torch.tensor([[0, 1, 3, 2, 0, 1], [3, 3, 1, 0, 2, 2]])
 ONCE = torch.tensor([[0, 1, 3, 2, 0, 1], [3, 2, 1, 0, 2, 3]])
 MASK = torch.arange(24).view(4, 6) % 3 > 0
+
+
+OF_COMPLEX = ["tanh: complex", "sigmoid: complex", "sgn: complex", "acosh: complex", "var: complex", "std: complex"]
+
+
+def of_complex(function: Callable) -> Callable:
+    return lambda x, y: [part(function(torch.complex(x, y))) for part in (torch.real, torch.abs)]
 
 
 def turned(x: Tensor, angle: Tensor) -> Tensor:
@@ -144,6 +153,8 @@ INDICES = [
 
 COMPLEX = [
     Case("complex", lambda x, y: torch.complex(x, y).abs(), pair),
+    *[Case(name, of_complex(getattr(torch, name.partition(":")[0])), pair) for name in OF_COMPLEX],
+    Case("norm: complex", lambda x, y: torch.complex(x, y).norm(3, dim=-1), pair),
     Case("angle", lambda x, y: torch.complex(x, y).angle(), pair),
     Case("polar", lambda r, a: torch.view_as_real(torch.polar(r.exp(), a)), pair),
     Case("view_as_complex", turned, lambda: (normal(2, 3, 8), normal(3, 4)), torch_error=1e-9),

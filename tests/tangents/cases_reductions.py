@@ -33,6 +33,8 @@ SUMS = [
     Case("cumsum", lambda x: x.cumsum(1), plain),
     Case("trace", torch.trace, plain),
     Case("diff", torch.diff, plain),
+    Case("diff: ends", lambda x, a, b: torch.diff(x, 1, 0, a, b), lambda: (normal(3, 4), normal(1, 4), normal(2, 4))),
+    Case("diff: a constant end", lambda x: torch.diff(x, prepend=torch.ones(3, 1, dtype=x.dtype)), plain),
 ]
 
 MOMENTS = [
@@ -41,6 +43,7 @@ MOMENTS = [
     Case("var: dims", lambda x: x.var((0, 2), unbiased=False, keepdim=True), cube),
     Case("var: correction", lambda x: x.var(-1, correction=2), cube),
     Case("std", torch.std, plain),
+    Case("std: axis", lambda x: x.std(axis=1, keepdims=True), cube),
     Case("std: dim", lambda x: x.std(1, keepdim=True), cube),
     Case("var_mean", lambda x: torch.var_mean(x, dim=(1, 2), correction=0), cube),
     Case("std_mean", lambda x: torch.std_mean(x, 1, keepdim=True), plain),
@@ -65,7 +68,7 @@ PRODUCTS = [
     Case("prod", torch.prod, lambda: (normal(2, 3),)),
     Case("prod: dim", lambda x: x.prod(1, keepdim=True), with_zeros),
     Case("cumprod", lambda x: x.cumprod(-1), plain),
-    Case("cumprod: zeros", lambda x: x.cumprod(1), with_zeros, second=False),
+    Case("cumprod: zeros", lambda x: x.cumprod(1), with_zeros),
 ]
 
 EXTREMA = [

@@ -368,8 +368,13 @@ What does not pass, and why:
   since the tangent would be lost; `x.detach()` says that the value alone is meant.
 - a custom `torch.autograd.Function`, a Triton or C++ operator: raises until it has a rule (`pfm.tangents.rule`).
 - reentrant checkpointing, which is such a function: `use_reentrant=False` passes.
-- `torch.jit.script` and `torch.jit.trace`: their code is made for tensors. Exported programs take `as_tensor=True`.
-- `torch.func.grad` inside the model: raises. (`torch.func.vmap` and `torch.func.jvp` pass.)
+- `torch.jit.script` and `torch.jit.trace`: their code is made for tensors. Programs of `torch.export` take
+  `as_tensor=True` after `run_decompositions()`.
+- `torch.func.grad` inside the model: raises. `torch.func.vmap` passes, and `torch.func.jvp` where both or
+  neither of its primal and tangent depend on x.
+- recurrent layers (`nn.LSTM`, `nn.GRU`), `torch.fft`, `torch.linalg.inv` and the like: no rule; they raise, and
+  `fallback="finite_difference"` takes them, at some cost in digits.
+- `nn.BatchNorm` in training: its statistics join the samples; it raises. `eval()` passes.
 - `flex_attention`, nested tensors, an attention mask that is itself a function of x: no rule; they raise.
 - a module that keeps an activation (a cache, `self.last = x`): raises after the call.
 

@@ -197,6 +197,102 @@ def test_a_stale_view_raises(x: Any) -> None:
     assert torch.equal((x[0] * 2.0).primal, torch.full((4,), 4.0))  # a later view is good
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("view", [lambda x: x[0], lambda x: x.reshape(4, 2), lambda x: x.flatten()])
+def test_views_in_inference_mode_are_views(view: Callable, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = Dual(torch.ones(2, 4), torch.ones(2, 4))
+        part = view(x)
+        with pytest.raises(RuntimeError, match="view of a Dual"):
+            part.mul_(2.0)
+        x.mul_(2.0)
+        with pytest.raises(RuntimeError, match="after its owner was written to"):
+            part * 2.0
+
+
+def test_a_view_of_a_dual_without_tangent() -> None:
+    x = Dual(torch.ones(2, 4), torch.ones(2, 4))
+    for fresh in (torch.zeros_like(x), x.new_zeros(2, 4)):
+        fresh[0].fill_(3.0)  # nothing to lose: it reaches the owner
+        assert fresh.primal.sum() == 12.0
+        part = fresh.view(-1)
+        fresh.copy_(x)
+        with pytest.raises(RuntimeError, match="after its owner was written to"):
+            part * 2.0
+
+
+def test_a_stale_view_cannot_be_returned() -> None:
+    def stale(x: Any) -> Any:
+        y = x * 2.0
+        part = y[0]
+        y.mul_(2.0)
+        return part
+
+    with pytest.raises(RuntimeError, match="after its owner was written to"):
+        pfm.jvp(stale, (torch.ones(2, 4),), (torch.ones(2, 4),))
+
+
+SAME = [
+    lambda x: F.dropout(x, 0.3, training=False),
+    lambda x: F.alpha_dropout(x, 0.3, training=False),
+    lambda x: +x,
+    lambda x: torch.broadcast_tensors(x)[0],
+    lambda x: torch.atleast_2d(x),
+    lambda x: x.contiguous(),
+]
+
+
+@pytest.mark.parametrize("same", SAME)
+@pytest.mark.parametrize("write", [operator.iadd, operator.imul, operator.imod, operator.ifloordiv])
+def test_what_gives_back_its_argument_is_its_argument(same: Callable, write: Callable) -> None:
+    def written(x: Tensor) -> Tensor:
+        y = x * 3.0
+        z = same(y)
+        z = write(z, 1.7)
+        return y * z + x
+
+    x, dx = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    y, dy = pfm.jvp(written, (x,), (dx,))
+    expected = written(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(dy, (written(x + 1e-6 * dx) - written(x - 1e-6 * dx)) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("write", ["iadd", "isub", "imul", "itruediv", "imod", "ifloordiv"])
+def test_compiled_augmented_assignment_of_a_tensor_is_in_place(write: str) -> None:
+    other = torch.rand(2, 4, dtype=torch.float64) + 1.0
+
+    def written(x: Tensor) -> Tensor:
+        y = x * 3.0
+        z = y
+        z = getattr(operator, write)(z, other)
+        return y * z + x
+
+    x, dx = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    compiled = torch.compile(lambda x, dx: pfm.jvp(written, (x,), (dx,)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, dx), pfm.jvp(written, (x,), (dx,)))
+    torch.testing.assert_close(compiled(x, dx)[0], written(x))
+
+
+def test_compiled_product_with_a_tensor_keeps_its_order() -> None:
+    x, dx, w = (torch.randn(4, 4, dtype=torch.float64) for _ in range(3))
+    compiled = torch.compile(
+        lambda x, dx: pfm.jvp(lambda x: x @ w + 2.0 * (w @ x), (x,), (dx,)), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x, dx), (x @ w + 2.0 * (w @ x), dx @ w + 2.0 * (w @ dx)))
+
+
+@pytest.mark.parametrize("function", [lambda x: x + 1.0, lambda x: (x + 1.0).view(-1), lambda x: x - torch.ones(2, 4)])
+def test_a_tangent_shares_no_memory_with_the_callers(function: Callable) -> None:
+    x, dx = torch.ones(2, 4), torch.ones(2, 4)
+    dy = pfm.jvp(function, (x,), (dx,))[1]
+    dy.mul_(7.0)
+    assert torch.equal(dx, torch.ones(2, 4))
+    (_, _), (dy, dz) = pfm.jvp(lambda x: ((y := x * 2.0), y + 1.0), (x,), (dx,))
+    dy.mul_(7.0)
+    assert torch.equal(dz, 2.0 * torch.ones(2, 4))
+
+
 def test_a_stale_view_of_a_view_raises(x: Any) -> None:
     part = x.view(4, 2).transpose(0, 1)[0]
     x.mul_(2.0)

@@ -188,6 +188,14 @@ def test_fallback_is_only_for_what_has_no_rule() -> None:
     torch.testing.assert_close(dy, value.cos() * a * torch.exp(-a) * a, rtol=1e-8, atol=1e-8)
 
 
+def test_differences_of_a_complex_result() -> None:
+    """A function is differenced whatever it returns: a spectrum, too, and what is computed from it."""
+    x, dx = X.double(), DX.double()
+    back = lambda x: torch.fft.irfft(torch.fft.rfft(x).square(), n=x.shape[-1])  # noqa: E731
+    _, dy = pfm.jvp(back, (x,), (dx,), fallback="finite_difference")
+    torch.testing.assert_close(dy, torch.func.jvp(back, (x,), (dx,))[1], rtol=1e-7, atol=1e-7)
+
+
 # ---- the end of an untracked tangent ----
 
 

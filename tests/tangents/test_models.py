@@ -233,6 +233,10 @@ def test_transformations_inside_a_model():
     torch.testing.assert_close(tangent, (2 * x * x.cos() - x * x * x.sin()) * dx)
     exported = torch.export.export(Twice(), (x,)).module()
     torch.testing.assert_close(pfm.jvp(exported, (x,), (dx,), as_tensor=True)[1], 2 * dx)
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU()).double()
+    exported = torch.export.export(layers, (x,)).run_decompositions().module()
+    wanted = torch.func.jvp(layers, (x,), (dx,))[1]
+    torch.testing.assert_close(pfm.jvp(exported, (x,), (dx,), as_tensor=True)[1].detach(), wanted)
 
 
 def test_the_table_is_in_the_docs():

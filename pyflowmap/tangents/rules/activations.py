@@ -61,6 +61,8 @@ def _logsigmoid(y, input):
 @rule("softsign")
 def _softsign(y, input):
     dx, x = _parts(y, input)
+    if x.is_complex():
+        raise NotImplementedError("softsign of a complex number has no tangent rule; write x / (1 + x.abs())")
     return dx / (1.0 + x.abs()).square()
 
 

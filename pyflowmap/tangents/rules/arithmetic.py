@@ -11,7 +11,8 @@ from ..parts import primal, tangent
 from ..registry import constant, linear, rule
 from .alone import refuse_duals
 
-linear("neg", "negative", "pos", "positive", "deg2rad", "rad2deg")
+linear("neg", "negative", "deg2rad", "rad2deg")
+linear("pos", "positive", view="self")
 constant("floor_divide", "floordiv", "__rfloordiv__")
 
 

@@ -10,7 +10,7 @@ from ..registry import constant, rule
 
 @rule(
     "to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "cfloat", "cdouble", "chalf",
-    view="maybe",
+    view="self",
 )  # fmt: skip
 def _to(y, input, *rest, **options):
     if tangent(input) is None or not isinstance(y, Tensor) or not (y.is_floating_point() or y.is_complex()):

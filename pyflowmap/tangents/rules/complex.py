@@ -10,7 +10,8 @@ from ..registry import linear, rule
 from .arithmetic import sum_of
 
 linear("real", "imag", "view_as_real", "view_as_complex", view="yes")
-linear("conj", "resolve_conj", "resolve_neg", view="maybe")
+linear("conj", view="yes")
+linear("resolve_conj", "resolve_neg", view="self")
 linear("conj_physical")
 
 
@@ -34,6 +35,14 @@ def _abs(y, input):
     if not x.is_complex():
         return dx * torch.sign(x)
     return torch.where(y == 0, 0.0, (x.real * dx.real + x.imag * dx.imag) / y)
+
+
+@rule("sgn")
+def _sgn(y, input):  # x / |x|, of a real number a step
+    x, dx = primal(input), tangent(input)
+    if not x.is_complex():
+        return torch.zeros_like(dx)
+    return torch.where(y == 0, 0.0, (dx - y * (y.conj() * dx).real) / x.abs())
 
 
 @rule("angle")

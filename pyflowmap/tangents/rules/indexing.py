@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ..parts import primal, tangent
 from ..registry import constant, linear, rule
 
-linear("getitem", view="maybe")
+linear("getitem", view="index")
 linear("gather", "index_select", "take", "take_along_dim", "masked_select")
 constant("one_hot", "argwhere", "nonzero", "searchsorted", "bucketize")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad as torch_pad
+from torch.nn.functional import unfold as torch_unfold
 
 from ..parts import primal, tangent, tangents
 from ..registry import linear, rule
@@ -15,8 +16,10 @@ linear(
     "unbind", "narrow", "select", "diagonal",
     view="yes",
 )  # fmt: skip
-# F.unfold copies, Tensor.unfold is a view; the others copy where they must.
-linear("reshape", "flatten", "ravel", "contiguous", "unfold", "atleast_1d", "atleast_2d", "atleast_3d", view="maybe")
+linear("reshape", "flatten", "ravel", view="reshape")
+linear("contiguous", view="self")
+linear(torch.Tensor.unfold, view="yes")
+linear(torch_unfold)
 linear(
     "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack", "row_stack", "clone", "roll",
     "flip", "fliplr", "flipud", "rot90", "repeat", "tile", "repeat_interleave", "tril", "triu", "diag", "diag_embed",
@@ -37,7 +40,29 @@ def _pad(y, input, pad, mode="constant", value=None):
     return torch_pad(tangent(input), pad) if constant else torch_pad(tangent(input), pad, mode)
 
 
-@rule("meshgrid")
+def _atleast(function):
+    def tangent_of(y, *tensors):
+        dxs = tangents(_listed(tensors))
+        if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)):
+            return function(dxs[0])  # type: ignore[index]
+        return None if dxs is None else function(dxs)
+
+    return tangent_of
+
+
+for _name in ("atleast_1d", "atleast_2d", "atleast_3d"):
+    rule(_name, view="each")(_atleast(getattr(torch, _name)))
+
+
+@rule("diff")
+def _diff(y, input, n=1, dim=-1, prepend=None, append=None):
+    if prepend is None and append is None:
+        return torch.diff(tangent(input), n, dim)
+    ends = [x for x in (prepend, input, append) if x is not None]
+    return torch.diff(torch.cat(tangents(ends), dim), n, dim)  # type: ignore[arg-type]
+
+
+@rule("meshgrid", view="each")
 def _meshgrid(y, *tensors, indexing="ij"):
     return torch.meshgrid(*tangents(_listed(tensors)) or (), indexing=indexing)
 
@@ -47,7 +72,7 @@ def _block_diag(y, *tensors):
     return torch.block_diag(*tangents(tensors) or ())
 
 
-@rule("broadcast_tensors")
+@rule("broadcast_tensors", view="each")
 def _broadcast_tensors(y, *tensors):
     parts = zip(y, _listed(tensors), strict=True)
     return [None if tangent(x) is None else tangent(x).expand(value.shape) for value, x in parts]

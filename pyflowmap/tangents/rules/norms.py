@@ -64,6 +64,7 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabl
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     sizes = (x.shape[0], x.shape[1], x[0, 0].numel() if x.shape[0] else 0, num_groups)
+    w, b = (None if each is None else each.contiguous() for each in (w, b))  # whose strides the kernel takes no note of
     y, mean, rstd = torch.native_group_norm(x, w, b, *sizes, eps)
     with recording(input, weight, bias):
         dnormal = None
@@ -88,6 +89,8 @@ def _normal_tangent(x, dx, axes, eps):
 @rule("rms_norm")
 def _rms_norm(y, input, normalized_shape, weight=None, eps=None):
     x, dx = primal(input), tangent(input)
+    if x.is_complex():
+        raise NotImplementedError("rms_norm of complex numbers has no tangent rule; write it with x.abs()")
     dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype  # as torch computes the mean
     eps = torch.finfo(dtype).eps if eps is None else eps
     axes = [*range(-len(normalized_shape), 0)]

@@ -31,6 +31,11 @@ def _matmul(y, input, other):
     return bilinear(torch.matmul, input, other)
 
 
+@rule("__rmatmul__")
+def _rmatmul(y, input, other):
+    return _matmul(y, other, input)
+
+
 @rule("bmm")
 def _bmm(y, input, mat2):
     return bilinear(torch.bmm, input, mat2)

@@ -18,7 +18,8 @@ def _dropout(input, p, training, draw):
     """x * draw(ones): dropout of ones is the mask with its scale, from the numbers that dropout of x would draw."""
     x, dx = primal(input), tangent(input)
     if not training or p == 0.0:
-        return draw(x), dx
+        draw(x)  # which checks p and the shape
+        return x, dx  # torch, too, gives back x itself, and writes to the result are writes to x
     mask = draw(torch.ones_like(x, requires_grad=False))
     value = x * mask
     if dx is None:
@@ -60,7 +61,7 @@ def _alpha(input, p, training, shape):
     """a (m x - (1 - m) alpha) + b: a dropped number becomes selu's lowest; a and b keep mean and variance."""
     x, dx = primal(input), tangent(input)
     if not training or p == 0.0:
-        return x.clone(), dx
+        return x, dx
     kept = torch.empty(shape, dtype=x.dtype, device=x.device).bernoulli_(1.0 - p)
     a = 0.0 if p == 1.0 else 1.0 / math.sqrt((_ALPHA * _ALPHA * p + 1.0) * (1.0 - p))
     scale = kept * a

@@ -9,7 +9,7 @@ from ..registry import composite, linear, rule
 from .alone import of_one
 from .ordering import restored
 
-linear("sum", "mean", "cumsum", "trace", "diff")
+linear("sum", "mean", "cumsum", "trace")
 composite("softmin", "normalize")
 
 aten = torch.ops.aten
@@ -26,7 +26,9 @@ def _reduce(terms, dim, keepdim):
 def _aligned(y, input):
     """dx and x in the value's dtype, which a dtype= or autocast may have set."""
     dx, x = tangent(input), primal(input)
-    return (dx, x) if x.dtype == y.dtype else (dx.to(y.dtype), x.to(y.dtype))
+    if x.dtype == y.dtype or (x.is_complex() and not y.is_complex()):
+        return dx, x
+    return dx.to(y.dtype), x.to(y.dtype)
 
 
 # ---- sums ----
@@ -67,11 +69,18 @@ def _d_var(y, input, dim, keepdim, correction):
     dims = _dims(x, dim)
     mean = x.mean(dims, keepdim=True)
     count = x.numel() // max(mean.numel(), 1)
-    return _reduce((x - mean) * dx, dims, keepdim) * (2.0 / (count - correction))
+    product = ((x - mean).conj() * dx).real if x.is_complex() else (x - mean) * dx
+    return _reduce(product, dims, keepdim) * (2.0 / (count - correction))
 
 
 def _d_std(y, input, dim, keepdim, correction):
-    return (_d_var(y, input, dim, keepdim, correction) / (y + y)).masked_fill(y == 0, 0.0)
+    return _quotient(_d_var(y, input, dim, keepdim, correction), y + y)
+
+
+def _quotient(dx, y):
+    """dx / y, zero where y is; its gradient there is zero, too, and not zero times infinity."""
+    zero = y == 0
+    return (dx / y.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 @rule("var")
@@ -101,6 +110,9 @@ def _std_mean(y, input, dim=None, unbiased=None, keepdim=False, *, correction=No
 
 def d_norm(y, input, order, dim, keepdim):
     dx, x = _aligned(y, input)
+    if x.is_complex():  # the norm of the absolute values
+        size = x.abs()
+        x, dx = size, torch.where(size == 0, 0.0, (x.conj() * dx).real / size)
     dims = _dims(x, dim)
     if order == 0:
         return None
@@ -109,7 +121,7 @@ def d_norm(y, input, order, dim, keepdim):
     if order == 1:
         return _reduce(torch.sign(x) * dx, dims, keepdim)
     if order == 2:
-        return (_reduce(x * dx, dims, keepdim) / y).masked_fill(y == 0, 0.0)
+        return _quotient(_reduce(x * dx, dims, keepdim), y)
     norm = y if keepdim else restored(y, x, dims)
     zero = (x == 0) | (norm == 0)
     share = (x.abs() / norm).masked_fill(zero, 1.0).pow(order - 1)
@@ -175,6 +187,16 @@ def _others(x, dim):
     return before * behind
 
 
+def _recurred(x, dx, dim):
+    """d(y_i) = d(y_(i-1)) x_i + y_(i-1) dx_i, which has a derivative at zeros, too."""
+    y, dy, parts = torch.ones_like(x.select(dim, 0)), 0.0, []
+    for x_i, dx_i in zip(x.unbind(dim), dx.unbind(dim), strict=True):
+        dy = dy * x_i + y * dx_i
+        y = y * x_i
+        parts.append(dy)
+    return torch.stack(parts, dim)
+
+
 @rule("cumprod")
 def _cumprod(y, input, dim, *, dtype=None):
     # Before the first zero: y cumsum(dx / x). From there on all products are zero, and their tangents hold the first
@@ -182,6 +204,8 @@ def _cumprod(y, input, dim, *, dtype=None):
     dx, x = _aligned(y, input)
     if x.ndim == 0:
         return dx
+    if input.tracked:
+        return _recurred(x, dx, dim)
     zero = x == 0
     first = zero & (zero.cumsum(dim) == 1)
     before = y * (dx / x.masked_fill(zero, 1.0)).cumsum(dim)

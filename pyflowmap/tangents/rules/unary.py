@@ -52,15 +52,16 @@ FORMULAS = {
     ("sinh",): lambda dx, y, x: dx * torch.cosh(x),
     ("cosh",): lambda dx, y, x: dx * torch.sinh(x),
     ("asinh", "arcsinh"): lambda dx, y, x: dx * torch.rsqrt(1.0 + x * x),
-    ("acosh", "arccosh"): lambda dx, y, x: dx * torch.rsqrt((x - 1.0) * (x + 1.0)),
+    ("acosh", "arccosh"): lambda dx, y, x: dx * torch.rsqrt(x - 1.0) * torch.rsqrt(x + 1.0),
     ("atanh", "arctanh"): lambda dx, y, x: dx / ((1.0 - x) * (1.0 + x)),
     ("sinc",): lambda dx, y, x: dx * torch.where(x == 0, 0.0, (torch.cos(math.pi * x) - y) / x),
     # of the normal and the logistic distribution
     ("erf",): lambda dx, y, x: dx * (2.0 / math.sqrt(math.pi) * torch.exp(-x * x)),
     ("erfc",): lambda dx, y, x: dx * (-2.0 / math.sqrt(math.pi) * torch.exp(-x * x)),
     ("erfinv",): lambda dx, y, x: dx * (0.5 * math.sqrt(math.pi) * torch.exp(y * y)),
-    ("sigmoid", "expit"): lambda dx, y, x: aten.sigmoid_backward(dx, y),
-    ("tanh",): lambda dx, y, x: aten.tanh_backward(dx, y),
+    # (of a complex number, these kernels would conjugate)
+    ("sigmoid", "expit"): lambda dx, y, x: dx * (y * (1.0 - y)) if y.is_complex() else aten.sigmoid_backward(dx, y),
+    ("tanh",): lambda dx, y, x: dx * (1.0 - y * y) if y.is_complex() else aten.tanh_backward(dx, y),
     # of size
     ("frac",): lambda dx, y, x: dx,
     ("nan_to_num",): lambda dx, y, x: torch.where(torch.isfinite(x), dx, 0.0),
@@ -79,4 +80,4 @@ def _logit(y, input, eps=None):
 
 
 # Steps: flat wherever they have a derivative.
-constant("floor", "ceil", "round", "trunc", "fix", "sign", "sgn")
+constant("floor", "ceil", "round", "trunc", "fix", "sign")
