@@ -239,7 +239,10 @@ def _refuse_hidden(leaf: Any) -> None:
 
 
 def _modules_behind(fn: Any) -> Iterator[nn.Module]:
-    """fn itself, the modules of the object that it is a method of, those that it closes over."""
+    """fn itself, or the modules of the object that it is a method of, those that it closes over."""
+    if isinstance(fn, nn.Module):  # which is slow to say that it has no such attribute
+        yield fn
+        return
     held = [fn, getattr(fn, "__self__", None), getattr(fn, "func", None), *getattr(fn, "args", ())]
     for cell in getattr(fn, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # a cell that is empty still
