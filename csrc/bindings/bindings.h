@@ -16,4 +16,8 @@ PyObject* update(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 // a + factor * b of lazy combinations, as the tuples (operands, coefficients, versions), or None.
 PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors, scale, causal) -> bool; the tensors by position: attention.cpp. Contract: attention/attention.h.
+PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

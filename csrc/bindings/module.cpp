@@ -12,15 +12,22 @@ namespace py = pybind11;
 namespace {
 
 // Kernels take METH_FASTCALL: no argument tuple, no overload resolution, 0.1 microseconds less per call.
+#define FASTCALL(name) \
+  #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::name)), METH_FASTCALL
+
 PyMethodDef kernels[] = {
-    {"combine", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::combine)), METH_FASTCALL,
+    {FASTCALL(combine),
      "combine(inputs, coefficients, outputs, leading, trusted, noise=None, mask=None, clamp=None, gram=None, "
      "cross=None, "
      "sums=None, like=None, dtype=None, store=None) -> bool: contract in csrc/combine/combine.h"},
-    {"update", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::update)), METH_FASTCALL,
+    {FASTCALL(update),
      "update(combinations, out) -> bool: combinations of the algebra into tensors, on the direct road only"},
-    {"sum_of", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(pyflowmap::sum_of)), METH_FASTCALL,
-     "sum_of(a, b, factor) -> tuple | None: a + factor * b of lazy combinations"},
+    {FASTCALL(sum_of), "sum_of(a, b, factor) -> tuple | None: a + factor * b of lazy combinations"},
+    {FASTCALL(attention_forward),
+     "attention_forward((q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu), scale, causal) -> bool"},
+    {FASTCALL(attention_backward),
+     "attention_backward((q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu, go, gdo, gq, gk, gv, gdq, gdk, gdv), "
+     "scale, causal) -> bool"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };
