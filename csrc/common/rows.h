@@ -18,6 +18,12 @@ struct Rows {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// What the operands of a row-wise kernel share.
+struct RowShape {
+  int64_t outer[3] = {1, 1, 1};
+  int64_t columns = 0;
+};
+
 // The address of element (i, j, k, 0) in a tensor of T.
 template <class T> PFM_INLINE T* row(const Rows& x, int64_t i, int64_t j, int64_t k) {
   return static_cast<T*>(x.data) + (i * x.stride[0] + j * x.stride[1] + k * x.stride[2]);

@@ -82,7 +82,7 @@ def record(call: Call) -> Combined:
     return unflatten(_Shape(call.store, call.gram, call.cross, call.sums), flat)
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether functorch, forward-mode AD, a dispatch mode or a tracer wants to see every operator."""
     return (
         torch.compiler.is_compiling()
@@ -107,11 +107,11 @@ def _needs_grad(call: Call) -> bool:
 
 def needs_operator(call: Call) -> bool:
     """Whether anyone watches: autograd, functorch, forward-mode AD, a dispatch mode, the tracer, a tensor subclass."""
-    return _is_watched() or not _is_exact(call) or _needs_grad(call)
+    return is_watched() or not _is_exact(call) or _needs_grad(call)
 
 
 def dispatch(call: Call) -> Combined:
     """The road that this call needs."""
-    if _is_watched() or not _is_exact(call):
+    if is_watched() or not _is_exact(call):
         return apply(call)
     return record(call) if _needs_grad(call) else run(call)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .modulation import check_floating, over_tokens
+from .fused import Fused, check
+from .modulation import check_floating, fitted, over_tokens
 
-__all__ = ["gated_residual"]
+__all__ = ["gated_residual", "gated_residual_dual"]
 
 
 def gated_residual(
@@ -25,9 +27,50 @@ def gated_residual(
     >>> gated_residual(torch.ones(1, 1, 2), torch.tensor([[0.0, 2.0]]), torch.full((1, 1, 2), 3.0))
     tensor([[[1., 7.]]])
     """
+    if has_torch_function((x, gate, h)):
+        return handle_torch_function(gated_residual, (x, gate, h), x, gate, h)
+    return fused(*_operands(x, gate, h))
+
+
+def gated_residual_dual(x: Any, gate: Any, h: Any, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
+    """(y, dy) of tensors and the tangents (dx, dgate, dh)."""
+    return fused(*_operands(x, gate, h), tangents, tracked)
+
+
+def _operands(x: Any, gate: Any, h: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
     check_floating("gated_residual", x=x, gate=gate, h=h)
     if h.shape != x.shape:
         raise ValueError(
             f"gated_residual: h has shape {tuple(h.shape)} but x has shape {tuple(x.shape)}; they must agree"
         )
-    return torch.addcmul(x, over_tokens(gate, x, "gate", "gated_residual"), h)
+    fitted(gate, x, "gate", "gated_residual")
+    return (), (x, gate, h)
+
+
+class _GatedResidual(Fused):
+    """gh = gate gy + dgate gdy, ggate = sum over tokens of gy h + gdy dh, gdh = gate gdy, gdgate = sum of gdy h."""
+
+    name = "gated_residual"
+    operands = ("x", "gate", "h")
+
+    def value(self, options, x, gate, h):
+        return x + over_tokens(gate, x, "gate", self.name) * h
+
+    def empty(self, options, operands, pair):
+        x, gate, h = operands
+        dtype = torch.promote_types(torch.promote_types(x.dtype, gate.dtype), h.dtype)
+        return [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(1 + pair)]
+
+    def forward(self, module, options, operands, tangents, results):
+        tangents = tangents or (None,) * 3
+        dy = results[1] if len(results) > 1 else None
+        check(self.name, module.gated_residual((results[0], *operands, *tangents, dy)))
+
+    def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
+        x, gate, h = operands
+        found = [None if not need else torch.empty_like(v) for v, need in zip((*operands, *tangents), needs)]
+        check(self.name, module.gated_residual_backward((x, gate, h, *(tangents or (None,) * 3), gy, gdy, *found)))
+        return found
+
+
+fused = _GatedResidual()

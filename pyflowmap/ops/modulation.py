@@ -6,7 +6,17 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-__all__ = ["check_floating", "over_tokens"]
+__all__ = ["check_floating", "fitted", "over_tokens"]
+
+
+def fitted(vector: Any, x: Any, name: str, function: str) -> None:
+    """Raises where `vector` is neither (B, D) nor broadcastable to x (B, ..., D) with all its channels."""
+    shape, want = vector.shape, x.shape
+    if len(shape) == 2 and len(want) > 2 and shape[0] in (1, want[0]) and shape[1] == want[-1]:
+        return
+    if len(shape) == len(want) and shape[-1] == want[-1] and all(a in (1, b) for a, b in zip(shape, want, strict=True)):
+        return
+    _unfit(vector, x, name, function)
 
 
 def over_tokens(vector: Any, x: Any, name: str, function: str) -> Any:

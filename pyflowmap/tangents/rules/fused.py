@@ -1,0 +1,25 @@
+"""The fused functions of `pyflowmap.ops`: value and tangent in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
+
+from ..parts import primals, tangent
+from ..registry import Kind, rule
+
+
+def _pair(function: Any, operands: tuple[Any, ...], *others: Any, **options: Any) -> Any:
+    """(y, dy), recorded for backward where an operand's tangent is."""
+    tracked = torch.is_grad_enabled() and any(getattr(x, "tracked", False) for x in operands)
+    return function(
+        *primals(operands), *others, tangents=tuple(tangent(x) for x in operands), tracked=tracked, **options
+    )
+
+
+@rule(gated_residual, kind=Kind.JOINT)
+def _gated_residual(x, gate, h):
+    return _pair(gated_residual_dual, (x, gate, h))
