@@ -259,7 +259,7 @@ class _Call(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2 if tracked and pair else 1 :])
         ctx.set_materialize_grads(False)
         ctx.name, ctx.options, ctx.pair, ctx.tracked = name, tuple(options), pair, tracked and pair
-        ctx.n = n
+        ctx.n, ctx.results = n, len(output)
         kept = output if kernel.saves_results else ()
         if not ctx.tracked and kernel.saves_results and pair:
             kept = (output[0], *output[2:])
@@ -306,9 +306,8 @@ class _Call(torch.autograd.Function):
             if dx is not None and x is not None and x.is_floating_point():
                 raise NotImplementedError(f"{ctx.name}: its constant operands have no tangent; detach them")
         flat = _opaque(ctx.name, ctx.options, True, True, *operands, *moved)
-        # One tangent per result; the others are constants.
-        extra = len(flat) - 2
-        return (flat[1], *(torch.zeros_like(x) for x in flat[2 : 2 + extra]))
+        # A tangent per result of the call, whose other results are constants.
+        return (flat[1], *(None,) * (ctx.results - 1))
 
     @staticmethod
     def vmap(info, in_dims, name, options, tracked, pair, *tensors):
