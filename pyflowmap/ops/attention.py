@@ -145,7 +145,7 @@ class _Attention(Fused):
 
     name = "attention"
     operands = ("q", "k", "v")
-    saves_results = True
+    saves_results, sums = True, 1
 
     def value(self, options, q, k, v, mask, lengths):
         scale, causal = options
