@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <memory>
+#include <new>
 
 #include "attention/attention_isa.h"
 #include "common/isa.h"
@@ -34,7 +36,13 @@ constexpr double kWorkPerThread = 1e6;
   PICK_V3(function);   \
   return base::function
 
+// A head of keys is cut where there are fewer heads than this, into runs of at least so many keys.
+constexpr int64_t kBackwardUnits = 16, kKeysPerRun = 512;
+
 ForwardUnits forward_units() { PICK(attention_forward_units); }
+
+BackwardUnits backward_units() { PICK(attention_backward_units); }
+BackwardUnits backward_sums() { PICK(attention_backward_sums); }
 
 int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
@@ -60,6 +68,35 @@ Status attention_forward_cpu(const AttentionForward& p) {
   return fine ? Status{} : kNoMemory;
 }
 
-Status attention_backward_cpu(const AttentionBackward&) { return {1, "not written"}; }
+Status attention_backward_cpu(const AttentionBackward& p) {
+  if (p.batch == 0 || p.heads == 0) return {};
+  AttentionPlan plan;
+  plan.query_block = getenv("QB")?atoi(getenv("QB")):64;
+  plan.key_block = getenv("KB")?atoi(getenv("KB")):64;
+  const int64_t key_blocks = ceil_div(p.keys, plan.key_block);
+  // Long rows of few heads are cut into runs of keys, at a price in memory; by the shape, not by the threads.
+  const int64_t wanted = ceil_div(kBackwardUnits, p.batch * p.kv_heads), most = p.keys / kKeysPerRun;
+  plan.blocks_per_run = ceil_div(key_blocks, wanted < most ? wanted : most > 1 ? most : 1);
+  plan.runs = plan.blocks_per_run > 0 ? ceil_div(key_blocks, plan.blocks_per_run) : 1;
+  std::unique_ptr<char[]> partial;
+  if (plan.runs > 1 && (p.gq || p.gdq)) {
+    const int number = p.dtype == DType::f64 ? 8 : 4;
+    plan.partial_pitch = static_cast<int>(ceil_div(p.head_dim, 64 / number) * 64 / number);
+    const int64_t rows = p.batch * p.heads * p.queries;
+    partial.reset(new (std::nothrow) char[static_cast<size_t>(2 * plan.runs * rows * plan.partial_pitch * number)]);
+    if (!partial) return kNoMemory;
+    plan.partial = partial.get();
+  }
+  std::atomic<bool> fine{true};
+  const int64_t threads = threads_for(p, p.gdo ? 15 : 5);
+  const auto all = [&](BackwardUnits run, int64_t units) {
+    share(units, threads, [&](int64_t first, int64_t last) {
+      if (!run(p, plan, first, last)) fine = false;
+    });
+  };
+  all(backward_units(), p.batch * p.kv_heads * plan.runs);
+  if (plan.partial && fine) all(backward_sums(), p.batch * p.heads * p.queries);
+  return fine ? Status{} : kNoMemory;
+}
 
 }  // namespace pyflowmap

@@ -95,16 +95,8 @@ template <class A> struct Forward {
     product.columns = width;
     product.k = p.head_dim;
     product.columns_to = diagonal;
-    product.c = s;
-    product.term(q, kt);
-    multiply(product);
-    if (moves) {
-      product.c = ds;
-      product.terms = 0;
-      if (has_dq) product.term(dq, kt);
-      if (has_dk) product.term(q, dkt);
-      multiply(product);
-    }
+    multiply(product.to(s).term(q, kt));
+    if (moves) multiply(product.to(ds).term(dq, kt).term(q, dkt));
     const bool masked = p.mask.data != nullptr;
     for (int r = 0; r < queries; ++r) {
       A* row = s + r * pitch_s;
@@ -134,15 +126,8 @@ template <class A> struct Forward {
       product.exact = key + count - 1 > first && !(all_finite(v, pitch_v, count, p.value_dim) &&
                                                    (!has_dv || all_finite(dv, pitch_v, count, p.value_dim)));
     }
-    product.c = o;
-    product.term(s, v);
-    multiply(product);
-    if (!tangent) return;
-    product.c = t;
-    product.terms = 0;
-    if (moves) product.term(ds, v);
-    if (has_dv) product.term(s, dv);
-    multiply(product);
+    multiply(product.to(o).term(s, v));
+    if (tangent) multiply(product.to(t).term(ds, v).term(s, dv));
   }
 
   void finish(int64_t sample, int64_t head, int64_t first, int queries, bool any) {

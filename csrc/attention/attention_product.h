@@ -56,8 +56,7 @@ enum class Start { zero, add, scale };  // C = 0, C, or alpha[r] C
 constexpr int kNoDiagonal = 1 << 28;
 
 template <class T> struct Product {
-  const T* a[2];
-  const T* b[2];
+  const T *a[2] = {}, *b[2] = {};
   int terms = 0;
   int pitch_a = 0, pitch_b = 0;
   bool across = false;  // A(r, k) = a[k * pitch_a + r], else a[r * pitch_a + k]
@@ -70,10 +69,18 @@ template <class T> struct Product {
   int columns_to = kNoDiagonal, k_to = kNoDiagonal, k_from = kNoDiagonal;
   bool exact = false;  // not one product beyond the diagonal: hidden numbers that are not finite stay unseen
 
-  void term(const T* x, const T* y) {
-    a[terms] = x;
-    b[terms] = y;
-    ++terms;
+  Product& to(T* tile) {
+    c = tile;
+    terms = 0;
+    return *this;
+  }
+  // One more term; nothing where a factor is null.
+  Product& term(const T* x, const T* y) {
+    if (x && y) {
+      a[terms] = x;
+      b[terms++] = y;
+    }
+    return *this;
   }
 };
 
