@@ -106,6 +106,38 @@ def combine(
     )
 
 
+def attention(
+    q: Tensor,  # (B, H, S, D)
+    k: Tensor,  # (B, H_kv, T, D)
+    v: Tensor,  # (B, H_kv, T, E)
+    mask: Tensor | None = None,  # broadcasts against (B, H, S, T); bool: True is seen; else added
+    lengths: Tensor | None = None,  # (B,): keys from there on are hidden
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # (B, H, S, E)
+    """softmax(scale q k' + mask) v; a query that sees no key gives zero. The contract is csrc/attention/attention.h.
+
+    Its tangent and its gradients are those of torch (`torch.func.jvp`, autograd).
+    """
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-2, -1))
+    hidden = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        hidden = hidden | (mask == -math.inf)
+        scores = scores + torch.where(mask == -math.inf, 0, mask).to(scores.dtype)
+    keys = torch.arange(k.shape[2], device=q.device)
+    if lengths is not None:
+        hidden = hidden | (keys >= lengths.view(-1, 1, 1, 1))
+    if causal:
+        hidden = hidden | (keys > torch.arange(q.shape[2], device=q.device)[:, None])
+    blind = hidden.all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(hidden & ~blind, -math.inf), -1)
+    return weights.masked_fill(hidden, 0) @ v
+
+
 def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
