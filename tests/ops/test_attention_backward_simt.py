@@ -184,12 +184,14 @@ def expected(case: Case, x: dict[str, Tensor], mask: Tensor | None) -> tuple[dic
 def allowed(case: Case, x: dict[str, Tensor], mask: Tensor | None, exact: dict[str, Tensor]) -> dict[str, Tensor]:
     """How far each gradient may be from `exact`: the contract's formulas with the errors of their operands.
 
-    u is the unit roundoff of the storage type (o, do and the weights are rounded to it), w = n u32 what a float32 chain
-    as long as the longest one here may add to a sum of given magnitude.
+    u is the unit roundoff of the storage type (o, do and the weights are rounded to it), w what a float32 chain of the
+    n terms of the longest sum here adds to a sum of given magnitude: independent roundings grow as sqrt(n) (Higham and
+    Mary, 2019).
     """
     u = torch.finfo(case.dtype).eps / 2
-    w = (max(case.d, case.dv or 0) + case.queries * case.h // case.kv + case.keys + 40) * torch.finfo(torch.float32).eps
-    group, c = case.h // case.kv, scale_of(case)
+    chain = max(case.d, case.dv or 0) + case.queries * case.h // case.kv + case.keys + 40
+    w = math.sqrt(chain) * torch.finfo(torch.float32).eps
+    group, c = case.h // case.kv, abs(scale_of(case))
     wide = {n: x[n].double() for n in x}
     for n in ("k", "v", "dk", "dv"):
         wide[n] = wide[n].repeat_interleave(group, 1)
@@ -200,7 +202,7 @@ def allowed(case: Case, x: dict[str, Tensor], mask: Tensor | None, exact: dict[s
     seen = visible(case, mask)
     s = scores(case, q, k[:, ::group], mask).masked_fill(~seen, -math.inf)
     p = torch.where(seen.any(-1, keepdim=True), s.softmax(-1), 0.0)
-    ds = (dq @ k.mT + q @ dk.mT) * c
+    ds = (dq @ k.mT + q @ dk.mT) * scale_of(case)
     mu = (p * ds).sum(-1, keepdim=True)
     o, do = p @ v, p @ dv + (p * (ds - mu)) @ v
     row = lambda y, z: (y.abs() * z.abs()).sum(-1, keepdim=True)  # noqa: E731
@@ -276,6 +278,24 @@ def test_small(dtype, both):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (65, 65), (130, 130), (1, 130), (130, 3)])
 def test_sizes(queries, keys, dtype, both):
     check(Case(dtype=dtype, both=both, queries=queries, keys=keys, d=64))
+
+
+@pytest.mark.parametrize("d", [64, 100, 200])
+def test_float32_is_as_exact_as_torch(d):
+    """Products of three bfloat16 pieces are not to be seen: an error no larger than that of torch's own float32."""
+    case = Case(queries=70, keys=90, d=d)
+    x, mask = draw(case)
+    exact, saved = expected(case, x, mask)
+    computed = run(case, x, mask, saved)
+    leaf = {n: x[n].clone().requires_grad_() for n in NAMES}
+    weight = lambda q, k: ((q @ k.mT) * scale_of(case)).softmax(-1)  # noqa: E731
+    o, do = torch.func.jvp(
+        lambda q, k, v: weight(q, k) @ v, tuple(leaf[n] for n in NAMES[:3]), tuple(leaf[n] for n in NAMES[3:])
+    )
+    by_torch = torch.autograd.grad((o * x["go"]).sum() + (do * x["gdo"]).sum(), list(leaf.values()))
+    for name, theirs in zip(NAMES, by_torch, strict=True):
+        ours, limit = ((y.double() - exact[name]).pow(2).mean().sqrt() for y in (computed[name], theirs))
+        assert ours <= 1.5 * limit, f"gradient of {name}: error {ours:.3g}, torch's {limit:.3g}"
 
 
 @MODES
@@ -414,10 +434,9 @@ def test_any_scale(scale):
 
 
 @MODES
-@pytest.mark.parametrize(("queries", "keys", "b"), [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
-def test_nothing(queries, keys, b, both):
-    """Without queries the gradients of keys are zeros, and the other way round."""
-    case = Case(both=both, b=b, queries=queries, keys=keys)
+def test_no_keys(both):
+    """The other empty calls have no data in what they must be given: they are not the kernel's."""
+    case = Case(both=both, queries=5, keys=0)
     x, mask = draw(case)
     o = torch.zeros(shapes(case)["go"])
     saved = {"o": o, "do": o, "lse": torch.full(o.shape[:3], -math.inf), "mu": torch.zeros(o.shape[:3])}
