@@ -4,7 +4,8 @@
 //
 // A micro-kernel keeps kRowTile x two vectors of C in registers over all terms, so that the two products of a tangent
 // (dQ K' + Q dK', W V + P dV) cost one pass over C. A row of C takes the same additions in the same order however the
-// rows are cut, which is what makes the result independent of blocks and threads.
+// rows are cut, which is what makes the result independent of blocks and threads. What C holds is added last: sums of
+// sums round less than one long chain.
 //
 // Included by *_isa.cpp only: PYFLOWMAP_ISA names the instruction set, and nothing here has external linkage.
 #pragma once
@@ -93,11 +94,7 @@ PFM_INLINE void multiply_tile(const Product<T>& p, int row, int column, int firs
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) {
-      if (p.start == Start::zero) c[r][n] = Vector<T>{};
-      else c[r][n] = load(to + r * pitch_c + n * kL);
-      if (p.start == Start::scale) c[r][n] *= p.alpha[row + r];
-    }
+    for (int n = 0; n < N; ++n) c[r][n] = Vector<T>{};
   }
   for (int s = 0; s < p.terms; ++s) {
     const T* a = p.a[s] + (Across ? first * pitch_a + row : row * pitch_a + first);
@@ -119,7 +116,12 @@ PFM_INLINE void multiply_tile(const Product<T>& p, int row, int column, int firs
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) put(to + r * pitch_c + n * kL, c[r][n]);
+    for (int n = 0; n < N; ++n) {
+      T* at = to + r * pitch_c + n * kL;
+      if (p.start == Start::add) c[r][n] += load(at);
+      if (p.start == Start::scale) c[r][n] += load(at) * p.alpha[row + r];
+      put(at, c[r][n]);
+    }
   }
 }
 
