@@ -178,12 +178,10 @@ static __device__ __forceinline__ int64_t start_of(const Rows& x, const RowIndex
 template <int Width>
 static __device__ __forceinline__ void fetch(uint32_t (&bits)[4], const DeviceRows& x, int64_t start, int64_t column,
                                              int64_t columns) {
-  if (x.data && column < columns) {
-    read<Width>(bits, x, start + column, columns - column < Width ? static_cast<int>(columns - column) : Width);
-    return;
-  }
   UNROLL
   for (int i = 0; i < 4; ++i) bits[i] = 0u;
+  if (!x.data || column >= columns) return;
+  read<Width>(bits, x, start + column, columns - column < Width ? static_cast<int>(columns - column) : Width);
 }
 
 template <int Width>
