@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
+from pyflowmap.ops.norm_modulate import norm_modulate, norm_modulate_dual
 
 from ..parts import primals, tangent
 from ..registry import Kind, rule
@@ -23,3 +24,8 @@ def _pair(function: Any, operands: tuple[Any, ...], *others: Any, **options: Any
 @rule(gated_residual, kind=Kind.JOINT)
 def _gated_residual(x, gate, h):
     return _pair(gated_residual_dual, (x, gate, h))
+
+
+@rule(norm_modulate, kind=Kind.JOINT)
+def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
+    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
