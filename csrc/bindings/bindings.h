@@ -20,4 +20,7 @@ PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// ((x, dx, weight, bias, y, dy),) -> bool. Contract: dual_linear/dual_linear.h.
+PyObject* dual_linear(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

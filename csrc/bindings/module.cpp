@@ -28,6 +28,7 @@ PyMethodDef kernels[] = {
     {FASTCALL(attention_backward),
      "attention_backward((q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu, go, gdo, gq, gk, gv, gdq, gdk, gdv), "
      "scale, causal) -> bool"},
+    {FASTCALL(dual_linear), "dual_linear(tensors) -> bool: tensors = (x, dx, weight, bias, y, dy)"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };
