@@ -106,6 +106,17 @@ def combine(
     )
 
 
+def dual_linear(
+    x: Tensor,  # (..., I)
+    dx: Tensor | None,  # as x
+    weight: Tensor,  # (O, I)
+    bias: Tensor | None = None,  # (O,)
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W' + b, dy = dx W'."""
+    y = x @ weight.mT
+    return y if bias is None else y + bias, None if dx is None else dx @ weight.mT
+
+
 def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
