@@ -28,4 +28,7 @@ PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssiz
 PyObject* norm_modulate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// ((x, dx, weight, bias, y, dy),) -> bool. Contract: dual_linear/dual_linear.h.
+PyObject* dual_linear(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

@@ -36,6 +36,7 @@ PyMethodDef kernels[] = {
     {FASTCALL(norm_modulate_backward),
      "norm_modulate_backward((x, scale, dx, dscale, gy, gdy, gx, gscale, gshift, gdx, gdscale, gdshift), kind, eps) "
      "-> bool"},
+    {FASTCALL(dual_linear), "dual_linear(tensors) -> bool: tensors = (x, dx, weight, bias, y, dy)"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -21,7 +21,7 @@ BACKENDS = ("auto", "cpu", "cuda", "simt", "reference")
 
 # The direct road: the functions of the current back end, with every check in C. One answers False, or None, where it
 # wants Python to look at the call.
-DIRECT = ("combine", "update", "sum_of", "version_of")
+DIRECT = ("combine", "update", "dual_linear", "sum_of", "version_of")
 
 
 class _Direct:
@@ -29,6 +29,7 @@ class _Direct:
 
     combine: Any
     update: Any
+    dual_linear: Any
     sum_of: Any
     version_of: Any
 
@@ -112,7 +113,7 @@ def _set(name: str) -> None:
     for function in DIRECT:
         setattr(direct, function, getattr(module, function))
     if name == "reference":
-        direct.combine = direct.update = _refuse
+        direct.combine = direct.update = direct.dual_linear = _refuse
     _current = name
 
 

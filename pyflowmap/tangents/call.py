@@ -9,8 +9,8 @@ from torch import Tensor
 
 from . import inplace
 from .differences import difference
-from .parts import any_tangent, first_dual, is_dual, tangent, tangents, unpack
-from .registry import Kind, MissingRule, Rule, find, name_of
+from .parts import DUALS, any_tangent, check_fresh, first_dual, is_dual, tangent, tangents, unpack
+from .registry import RULES, Kind, MissingRule, Rule, find, name_of
 
 __all__ = ["call"]
 
@@ -23,6 +23,13 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
 
     Raises MissingRule for a torch function without a rule.
     """
+    # A compiler would trace both ways, and gains from neither; it also must not look into RULES (see `find`).
+    if args and not torch.compiler.is_compiling():
+        rule = RULES.get(function)
+        if rule is not None:
+            result = _simple(rule, function, args, kwargs)
+            if result is not None:
+                return result
     dual, values = unpack(args)
     options = kwargs or {}
     if options:
@@ -85,10 +92,45 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
     return result if rule.view == "no" else inplace.note_view(result, args, rule.view)
 
 
+def _simple(rule: Rule, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """The commonest call, a function of one Dual, with fewer questions; None where it is not that."""
+    x, *rest = args
+    if type(x) not in DUALS or rule.kind is not _TANGENT or x.tangent is None or not _LEAVES.issuperset(map(type, rest)):
+        return None
+    if kwargs:
+        if not _OPTIONS.issuperset(map(type, kwargs.values())) or kwargs.get("inplace") or not _RENAMED.isdisjoint(kwargs):
+            return None
+    else:
+        kwargs = {}
+    if rule.inplace > 0 and len(args) > rule.inplace and args[rule.inplace]:
+        return None
+    if x.owner is not None:
+        check_fresh(x)
+    if rule.pair is not None:
+        both = rule.pair(*args, **kwargs)
+        if both is not None:
+            return type(x)(*both, x.tracked, x.fallback)
+    value = function(x.primal, *rest, **kwargs)
+    if x.tracked or not torch.is_grad_enabled():
+        derivative = rule.function(value, *args, **kwargs)  # type: ignore[misc]
+    else:
+        _set_grad_enabled(False)
+        try:
+            derivative = rule.function(value, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            _set_grad_enabled(True)
+    result = _pair(x, value, derivative)
+    return result if rule.view == "no" else inplace.note_view(result, args, rule.view)
+
+
 # Members of an Enum are looked up slowly, and this is asked of every function.
-_WRITE, _COMPOSITE, _JOINT, _CONSTANT, _FRESH, _LINEAR = (
-    Kind.WRITE, Kind.COMPOSITE, Kind.JOINT, Kind.CONSTANT, Kind.FRESH, Kind.LINEAR,
+_WRITE, _COMPOSITE, _JOINT, _CONSTANT, _FRESH, _LINEAR, _TANGENT = (
+    Kind.WRITE, Kind.COMPOSITE, Kind.JOINT, Kind.CONSTANT, Kind.FRESH, Kind.LINEAR, Kind.TANGENT,
 )  # fmt: skip
+# Types that neither are Duals nor hold any; options are numbers and words, and two of numpy's names are translated.
+_OPTIONS = frozenset((type(None), bool, int, float, str, torch.dtype))
+_LEAVES = _OPTIONS | {Tensor, torch.nn.Parameter}
+_RENAMED = frozenset(("axis", "keepdims", "out"))
 _set_grad_enabled = torch._C._set_grad_enabled
 _OF_TANGENTS = (Kind.TANGENT, Kind.JOINT, Kind.LINEAR)
 

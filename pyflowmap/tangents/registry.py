@@ -32,6 +32,7 @@ __all__ = [
     "key_of",
     "linear",
     "name_of",
+    "pair",
     "rule",
     "spellings",
     "write",
@@ -59,6 +60,8 @@ class Rule(NamedTuple):
     # strides allow; "index", if the index has no tensor; "each", every one of the values with its own argument.
     view: str = "no"
     inplace: int = -1  # position of a parameter `inplace`, which asks to write into the first argument
+    # Given the arguments, value and tangent by one fused kernel; None where it does not take them. Eager only.
+    pair: Callable | None = None
 
 
 RULES: dict[Any, Rule] = {}
@@ -131,6 +134,22 @@ def rule(*functions: Any, kind: Kind = Kind.TANGENT, view: str = "no") -> Callab
         if "inplace" in parameters:
             position = parameters.index("inplace") - (0 if kind is Kind.JOINT else 1)
         _enter(functions, Rule(kind, function, view, position))
+        return function
+
+    return add
+
+
+def pair(*functions: Any) -> Callable[[Callable], Callable]:
+    """Decorator: of functions that have a rule, what is tried before it where nothing is being compiled.
+
+    It is given the arguments, the first of which is a Dual with a tangent, and returns (value, tangent), or None where
+    the rule shall serve. It must do so where autograd, or anyone else, would have to see the computation.
+    """
+
+    def add(function: Callable) -> Callable:
+        for each in functions:
+            for key in spellings(each) if isinstance(each, str) else [key_of(each)]:
+                RULES[key] = RULES[key]._replace(pair=function)
         return function
 
     return add

@@ -257,20 +257,26 @@ def _modules_behind(fn: Any) -> Iterator[nn.Module]:
 _OWN = len(vars(nn.Module()))  # what every module has comes first among its attributes: "training" and so on
 
 
+_HOLDERS = frozenset((*DUALS, list, tuple, dict))
+
+
 def _refuse_stored(fn: Any) -> None:
     """A Dual that a module keeps would be used later, with the tangent of another call."""
     waiting, seen = list(_modules_behind(fn)), set()
     while waiting:
         module = waiting.pop()
-        if module in seen:
+        if module is None or module in seen:
             continue
         seen.add(module)
-        held = vars(module)
-        waiting += [x for x in held["_modules"].values() if x is not None]
+        held = module.__dict__
+        if held["_modules"]:
+            waiting += held["_modules"].values()
         if held["_buffers"] and any(map(is_dual, held["_buffers"].values())):
             raise RuntimeError(f"{type(module).__name__} keeps a Dual as a buffer after its forward; store x.detach()")
-        own = next(iter(held)) == "training"
-        for name, value in islice(held.items(), _OWN if own else 0, None):
+        first = _OWN if next(iter(held)) == "training" else 0
+        if _HOLDERS.isdisjoint(map(type, islice(held.values(), first, None))):
+            continue
+        for name, value in islice(held.items(), first, None):
             kind = type(value)
             if kind is list or kind is tuple or kind is dict:
                 if not any(map(is_dual, value.values() if kind is dict else value)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..parts import primal, primals, tangent
-from ..registry import rule
+from pyflowmap.ops.dual_linear import few_rows
+
+from ..parts import is_dual, primal, primals, tangent
+from ..registry import pair, rule
 from .arithmetic import sum_of
 
 
@@ -17,13 +19,25 @@ def bilinear(function, a, b):
     return left if db is None else sum_of(left, function(primal(a), db))
 
 
+def _product(dx, weight):
+    found = None if torch.compiler.is_compiling() else few_rows(dx, None, weight)
+    return F.linear(dx, weight) if found is None else found[0]
+
+
 @rule("linear")
 def _linear(y, input, weight, bias=None):
     dx, dw, db = tangent(input), tangent(weight), tangent(bias)
-    dy = None if dx is None else F.linear(dx, primal(weight))
+    dy = None if dx is None else _product(dx, primal(weight))
     if dw is not None:
         dy = sum_of(dy, F.linear(primal(input), dw))
     return dy if db is None else sum_of(dy, db)
+
+
+@pair("linear")
+def _linear_pair(input, weight, bias=None):
+    if is_dual(weight) or is_dual(bias):
+        return None
+    return few_rows(input.primal, input.tangent, weight, bias)
 
 
 @rule("matmul", torch.linalg.matmul)
