@@ -20,4 +20,11 @@ PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors, kind) -> bool; the tensors by position: activation.cpp. Contract: activation/activation.h.
+PyObject* activation(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
+PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pyflowmap.ops.activation import activation, activation_dual, gated_unit, gated_unit_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
 
 from ..parts import primals, tangent
@@ -23,3 +24,13 @@ def _pair(function: Any, operands: tuple[Any, ...], *others: Any, **options: Any
 @rule(gated_residual, kind=Kind.JOINT)
 def _gated_residual(x, gate, h):
     return _pair(gated_residual_dual, (x, gate, h))
+
+
+@rule(activation, kind=Kind.JOINT)
+def _activation(x, kind):
+    return _pair(activation_dual, (x,), kind)
+
+
+@rule(gated_unit, kind=Kind.JOINT)
+def _gated_unit(a, b, kind):
+    return _pair(gated_unit_dual, (a, b), kind)
