@@ -31,4 +31,11 @@ PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize
 // ((x, dx, weight, bias, y, dy),) -> bool. Contract: dual_linear/dual_linear.h.
 PyObject* dual_linear(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors, kind) -> bool; the tensors by position: activation.cpp. Contract: activation/activation.h.
+PyObject* activation(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
+PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

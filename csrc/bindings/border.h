@@ -19,6 +19,7 @@ struct Torch {
   PyObject* increment_version = nullptr;  // torch._C._increment_version
   PyObject* forward_ad = nullptr;         // the module torch.autograd.forward_ad
   PyObject* allocate = nullptr;           // allocate(bytes, like) -> uint8 tensor on like's device
+  PyObject* empty_like = nullptr;
   // What Tensor.requires_grad, ._version, ._base and .is_neg are in C, looked up once: half the price of asking by
   // name. Null where torch defines them in another way; then they are asked by name.
   PyGetSetDef* requires_grad = nullptr;

@@ -37,6 +37,9 @@ PyMethodDef kernels[] = {
      "norm_modulate_backward((x, scale, dx, dscale, gy, gdy, gx, gscale, gshift, gdx, gdscale, gdshift), kind, eps) "
      "-> bool"},
     {FASTCALL(dual_linear), "dual_linear(tensors) -> bool: tensors = (x, dx, weight, bias, y, dy)"},
+    {FASTCALL(activation), "activation((y, a, b, da, db, dy), kind) -> bool"},
+    {FASTCALL(activation_backward), "activation_backward((a, b, da, db, gy, gdy, ga, gb, gda, gdb), kind) -> bool"},
+    {FASTCALL(activate), "activate(x, dx, kind) -> y | (y, dy) | None: the direct road"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };
@@ -51,6 +54,7 @@ void connect(const py::dict& objects) {
   torch.increment_version = keep("increment_version");
   torch.forward_ad = keep("forward_ad");
   torch.allocate = keep("allocate");
+  torch.empty_like = keep("empty_like");
   torch.parameter = reinterpret_cast<PyTypeObject*>(keep("Parameter"));
   torch.tensor = reinterpret_cast<PyTypeObject*>(keep("Tensor"));
   pyflowmap::find_descriptors();

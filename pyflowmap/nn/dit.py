@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
 
+from ..ops.activation import activation
 from ..ops.attention import attention
 from ..ops.gated_residual import gated_residual
 from ..ops.norm_modulate import norm_modulate
@@ -90,7 +90,7 @@ class DiTBlock(nn.Module):
         attended = attention(q, k, v).transpose(1, 2).reshape(b, n, width)
         x = gated_residual(x, gate, self.out(attended))
         h = self.up(norm_modulate(x, mlp_scale, mlp_shift))
-        return gated_residual(x, mlp_gate, self.down(gelu(h, approximate="tanh")))
+        return gated_residual(x, mlp_gate, self.down(activation(h, "gelu_tanh")))
 
 
 @register(DiTConfig)

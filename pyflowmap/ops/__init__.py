@@ -4,6 +4,7 @@ Every function here is right in eager mode, under autograd, `torch.func.jvp`, `t
 `torch.compile(fullgraph=True)`, and can be adopted alone.
 """
 
+from pyflowmap.ops.activation import activation, gated_unit
 from pyflowmap.ops.attention import attention
 from pyflowmap.ops.combine import combine
 from pyflowmap.ops.gated_residual import gated_residual
@@ -11,4 +12,14 @@ from pyflowmap.ops.norm_modulate import norm_modulate
 from pyflowmap.ops.norm_rope import norm_rope
 from pyflowmap.reference import Combined, Noise
 
-__all__ = ["Combined", "Noise", "attention", "combine", "gated_residual", "norm_modulate", "norm_rope"]
+__all__ = [
+    "Combined",
+    "Noise",
+    "activation",
+    "attention",
+    "combine",
+    "gated_residual",
+    "gated_unit",
+    "norm_modulate",
+    "norm_rope",
+]

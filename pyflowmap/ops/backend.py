@@ -21,7 +21,7 @@ BACKENDS = ("auto", "cpu", "cuda", "simt", "reference")
 
 # The direct road: the functions of the current back end, with every check in C. One answers False, or None, where it
 # wants Python to look at the call.
-DIRECT = ("combine", "update", "dual_linear", "sum_of", "version_of")
+DIRECT = ("combine", "update", "activate", "dual_linear", "sum_of", "version_of")
 
 
 class _Direct:
@@ -30,6 +30,7 @@ class _Direct:
     combine: Any
     update: Any
     dual_linear: Any
+    activate: Any
     sum_of: Any
     version_of: Any
 
@@ -56,11 +57,12 @@ def _connect(module: Any) -> Any:
             "increment_version": torch._C._increment_version,
             "forward_ad": torch.autograd.forward_ad,
             "allocate": _allocate,
+            "empty_like": torch.empty_like,
         }
     )
     # Dynamo cannot look into C: it takes "no direct road here" and "no version known" for an answer instead.
     for name in DIRECT:
-        answer = (lambda *_: None) if name in ("sum_of", "version_of") else (lambda *_: False)
+        answer = (lambda *_: None) if name in ("activate", "sum_of", "version_of") else (lambda *_: False)
         torch.compiler.substitute_in_graph(getattr(module, name), skip_signature_check=True)(answer)
     return module
 
@@ -114,6 +116,7 @@ def _set(name: str) -> None:
         setattr(direct, function, getattr(module, function))
     if name == "reference":
         direct.combine = direct.update = direct.dual_linear = _refuse
+        direct.activate = lambda *_: None
     _current = name
 
 

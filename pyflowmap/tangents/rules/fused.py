@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pyflowmap.ops.attention import attention, attention_dual
+from pyflowmap.ops.activation import activation, activation_dual, gated_unit, gated_unit_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
 from pyflowmap.ops.norm_modulate import norm_modulate, norm_modulate_dual
 
@@ -41,3 +42,13 @@ def _attention(q, k, v, *, mask=None, lengths=None, scale=None, causal=False):
 @rule(norm_modulate, kind=Kind.JOINT)
 def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
     return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
+
+
+@rule(activation, kind=Kind.JOINT)
+def _activation(x, kind):
+    return _pair(activation_dual, (x,), kind)
+
+
+@rule(gated_unit, kind=Kind.JOINT)
+def _gated_unit(a, b, kind):
+    return _pair(gated_unit_dual, (a, b), kind)

@@ -1,0 +1,156 @@
+"""`activation`, a function of every element, and `gated_unit`, such a function as the gate of another tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from .backend import direct
+from .fused import Fused, check
+from .modulation import check_floating
+
+__all__ = ["KINDS", "activation", "activation_dual", "gated_unit", "gated_unit_dual"]
+
+# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often as
+# asked, and without cancellation in the tails.
+_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * torch.erfc(-math.sqrt(0.5) * x),
+    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x**3)),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+KINDS = tuple(_FORMULAS)
+_NUMBER = {kind: i for i, kind in enumerate(KINDS)}
+
+
+def activation(
+    x: Any,  # Tensor or Dual, any shape
+    kind: str,  # "silu", "gelu", "gelu_tanh", "relu", "sigmoid" or "tanh"
+) -> Any:
+    """f(x), element by element, in one pass over memory. Of a Dual, value and tangent: f(x) and f'(x) dx.
+
+    silu x / (1 + e^-x); gelu x Phi(x) (Hendrycks and Gimpel 2016), gelu_tanh its approximation; relu with f'(0) = 0. Half
+    precision is computed in float32 and rounded once. At infinity the result is the limit, where torch has NaN.
+
+    Raises ValueError for another kind, TypeError for integers and complex numbers.
+
+    >>> activation(torch.tensor([-1.0, 2.0]), "relu")
+    tensor([0., 2.])
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(activation, (x,), x, kind)
+    found = direct.activate(x, None, _NUMBER.get(kind, -1))
+    return found if found is not None else plain(*_operands("activation", kind, x=x))
+
+
+def gated_unit(
+    a: Any,  # Tensor or Dual, any shape: the gate, before its activation
+    b: Any,  # of the same shape: what it is multiplied with
+    kind: str,  # as for `activation`
+) -> Any:
+    """f(a) * b in one pass over memory. Of Duals, value and tangent: f'(a) b da + f(a) db. torch's promoted dtype.
+
+    SwiGLU is kind="silu", GEGLU "gelu", ReGLU "relu". Shazeer 2020 (GLU Variants), eq. 5. The halves of one tensor,
+    `gated_unit(*h.chunk(2, -1), "silu")`, are read where they lie.
+
+    Raises ValueError for another kind and where the shapes differ, TypeError for integers and complex numbers.
+
+    >>> gated_unit(torch.tensor([-1.0, 2.0]), torch.tensor([5.0, 5.0]), "relu")
+    tensor([0., 10.])
+    """
+    if has_torch_function((a, b)):
+        return handle_torch_function(gated_unit, (a, b), a, b, kind)
+    return gated(*_operands("gated_unit", kind, a=a, b=b))
+
+
+def activation_dual(x: Any, kind: str, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
+    """(y, dy) of a tensor and its tangent (dx,)."""
+    found = direct.activate(x, tangents[0], _NUMBER.get(kind, -1)) if tangents[0] is not None else None
+    return found if found is not None else plain(*_operands("activation", kind, x=x), tangents, tracked)
+
+
+def gated_unit_dual(a: Any, b: Any, kind: str, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
+    """(y, dy) of tensors and their tangents (da, db)."""
+    return gated(*_operands("gated_unit", kind, a=a, b=b), tangents, tracked)
+
+
+def _operands(function: str, kind: str, **operands: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    if kind not in _NUMBER:
+        raise ValueError(f"{function}: kind={kind!r} is not an activation; choose one of {', '.join(KINDS)}")
+    check_floating(function, **operands)
+    values = tuple(operands.values())
+    if values[0].shape != values[-1].shape:
+        raise ValueError(
+            f"{function}: b has shape {tuple(values[-1].shape)} but a has shape {tuple(values[0].shape)}; they must agree"
+        )
+    return (float(_NUMBER[kind]),), values
+
+
+class _Activation(Fused):
+    """ga = f' gy, and through the tangent: ga = f' gy + f'' da gdy, gda = f' gdy."""
+
+    name = "activation"
+    operands = ("x",)
+
+    def value(self, options, *operands):
+        a, *others = operands
+        dtype = _promoted(operands)
+        wide = a.float() if a.dtype.itemsize == 2 else a
+        y = _FORMULAS[KINDS[int(options[0])]](wide)
+        for b in others:
+            y = y * b
+        return y.to(dtype)
+
+    def empty(self, options, operands, pair):
+        return [torch.empty_like(operands[0], dtype=_promoted(operands)) for _ in range(1 + pair)]
+
+    def forward(self, module, options, operands, tangents, results):
+        a, b = _two(operands)
+        da, db = _two(tangents)
+        dy = results[1] if len(results) > 1 else None
+        self._run_dense(module.activation, (results[0],), (a, b, da, db), (dy,), options)
+
+    def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
+        found = [None if not need else torch.empty_like(v) for v, need in zip((*operands, *tangents), needs)]
+        ga, gb = _two(found[: self.count])
+        gda, gdb = _two(found[self.count :])
+        if any(x is not None for x in found):
+            given = (*_two(operands), *_two(tangents), gy, gdy)
+            self._run_dense(module.activation_backward, (), given, (ga, gb, gda, gdb), options)
+        return found
+
+    def _run_dense(self, kernel, before, given, after, options):
+        """The kernel on the tensors as they lie or, where rows of them have gaps, on copies."""
+        kind = int(options[0])
+        if not kernel((*before, *given, *after), kind):
+            results = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*before, *after)]
+            given = tuple(None if x is None else x.resolve_neg().contiguous() for x in given)
+            check(self.name, kernel((*results[: len(before)], *given, *results[len(before) :]), kind))
+            for x, result in zip((*before, *after), results):
+                if x is not None:
+                    x.copy_(result)
+
+
+class _GatedUnit(_Activation):
+    """ga = (f' b) gy + (f'' b da + f' db) gdy, gb = f gy + f' da gdy, gda = f' b gdy, gdb = f gdy."""
+
+    name = "gated_unit"
+    operands = ("a", "b")
+
+
+def _promoted(operands: Any) -> torch.dtype:
+    return torch.promote_types(operands[0].dtype, operands[-1].dtype)
+
+
+def _two(xs: Any) -> tuple[Any, Any]:
+    return (*xs, None, None)[:2]
+
+
+plain, gated = _Activation(), _GatedUnit()
