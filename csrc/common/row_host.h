@@ -107,13 +107,13 @@ template <class A, int Count> struct Part<A, Count, true> {
   PFM_INLINED void save(A* to) const { memcpy(to, &value, sizeof value); }
 };
 
-#define PFM_LANES(op)                                                                                          \
+#define PFM_LANES(op)                                                                                                 \
   template <class A, int N> PFM_INLINED inline Part<A, N, true> operator op(Part<A, N, true> a, Part<A, N, true> b) { \
-    return {a.value op b.value};                                                                               \
-  }                                                                                                            \
-  template <class A, int N>                                                                                    \
-  PFM_INLINED inline Part<A, N, false> operator op(Part<A, N, false> a, Part<A, N, false> b) {                 \
-    return {a.low op b.low, a.high op b.high};                                                                 \
+    return {a.value op b.value};                                                                                      \
+  }                                                                                                                   \
+  template <class A, int N>                                                                                           \
+  PFM_INLINED inline Part<A, N, false> operator op(Part<A, N, false> a, Part<A, N, false> b) {                        \
+    return {a.low op b.low, a.high op b.high};                                                                        \
   }
 PFM_LANES(+)
 PFM_LANES(-)

@@ -19,7 +19,10 @@ namespace {
 template <class A> class RowReader {
  public:
   RowReader(void* space, int rows, int64_t columns)
-      : space_(static_cast<A*>(space)), step_(space_row(columns)), columns_(columns), zeros_(row(rows - 1)) {
+      : space_(static_cast<A*>(space)),
+        step_(space_row(columns)),
+        columns_(columns),
+        zeros_(row(rows - 1)) {
     for (int64_t c = 0; c < columns; ++c) zeros_[c] = A(0);
   }
   A* row(int i) const { return space_ + i * step_; }

@@ -70,13 +70,17 @@ def instruction_sets() -> list[str]:
 Results = dict[str, Tensor]
 
 
-def gradients(y: Tensor, leaves: dict[str, Tensor], cotangent: Tensor, dy: Tensor | None, dcotangent: Tensor) -> Results:
+def gradients(
+    y: Tensor, leaves: dict[str, Tensor], cotangent: Tensor, dy: Tensor | None, dcotangent: Tensor
+) -> Results:
     outputs, with_ = ((y,), (cotangent,)) if dy is None else ((y, dy), (cotangent, dcotangent))
     found = torch.autograd.grad(outputs, tuple(leaves.values()), with_, allow_unused=True)
     return {f"g{n}": torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), found, strict=True)}
 
 
-def by_kernel(fused: Callable, options: tuple, names: tuple[str, ...], operands, tangents, cotangents, both: bool) -> Results:
+def by_kernel(
+    fused: Callable, options: tuple, names: tuple[str, ...], operands, tangents, cotangents, both: bool
+) -> Results:
     """y and its gradients; with `both` y, dy and the gradients through both."""
     xs = [x.detach().requires_grad_() for x in operands]
     leaves = dict(zip(names, xs, strict=True))

@@ -47,8 +47,8 @@ def errors(kind, operands, tangents, cotangents, both):
 
 
 def allowed(columns, storage=torch.float32, arithmetic=torch.float32):
-    """Sums of `columns` numbers in chains of columns / 16, a few operations around them that lose a digit, one rounding to
-    storage (of the results that are small beside the largest one, more often)."""
+    """Sums of `columns` numbers in chains of columns / 16, a few operations around them that lose a digit, one rounding
+    to storage."""
     chain = columns / 16 + 64
     return chain * torch.finfo(arithmetic).eps + torch.finfo(storage).eps * (storage in HALF)
 
@@ -181,7 +181,12 @@ def test_any_number_of_threads():
 def test_any_grid(simt):
     """The order of the threads, the size of the device and what shared memory held before change nothing."""
     found = []
-    options = ({}, {"order": "reverse", "fill": 255}, {"order": "random", "seed": 3, "multiprocessors": 1}, {"multiprocessors": 64})
+    options = (
+        {},
+        {"order": "reverse", "fill": 255},
+        {"order": "random", "seed": 3, "multiprocessors": 1},
+        {"multiprocessors": 64},
+    )
     for each in options:
         with on("simt", **each):
             found.append(every_result())
