@@ -194,3 +194,22 @@ def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu
         turn = 2.0 * math.pi * (b.double() / 2.0**32)
         normals += [radius * turn.cos(), radius * turn.sin()]
     return torch.stack(normals, -1).flatten(1)[:, :elements].reshape(tuple(shape))
+
+
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, layer: bool, eps: float) -> Tensor:
+    """n(x) (1 + scale) + shift; scale and shift broadcast against x. Contract: csrc/norm_modulate/norm_modulate.h.
+
+    Written out: backward through torch's forward derivative of layer_norm is wrong in silence (2.13).
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), shift.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    n = x.to(wide)
+    if layer:
+        n = n - n.mean(-1, keepdim=True)
+    n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+    return torch.addcmul(shift.to(wide), n, 1.0 + scale.to(wide)).to(dtype)
+
+
+def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
+    """x + gate h; gate broadcasts against x. Contract: csrc/gated_residual/gated_residual.h."""
+    return x + gate * h

@@ -33,8 +33,8 @@ struct ColumnSums {
   int64_t period = 1;      // rows that share a row of the result with the shortest period: no chunk crosses its end
   int64_t per_period = 1;  // chunks
   int64_t chunks = 0;
-  int slots = 0;             // results that are sums
-  int slot[kMost] = {};      // -1: not a sum
+  int slots = 0;               // results that are sums
+  int slot[kMost] = {};        // -1: not a sum
   int64_t shares[kMost] = {};  // rows
 
   // Partials [chunks, slots, columns] of the arithmetic type.

@@ -68,38 +68,91 @@ PFM_INLINE void write_row(const Rows&, int64_t, int64_t, const double*) {}
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
 constexpr int kLanes = 16;
-template <class A> struct LanesOf;
-template <> struct LanesOf<float> { typedef float type __attribute__((vector_size(64))); };
-template <> struct LanesOf<double> { typedef double type __attribute__((vector_size(128))); };
-template <class A> using Lanes = typename LanesOf<A>::type;
+
+namespace {  // laid out for the instruction set that includes it
+
+#if defined(__AVX512F__)
+constexpr int kRegister = 64;
+#elif defined(__AVX__)
+constexpr int kRegister = 32;
+#else
+constexpr int kRegister = 16;
+#endif
+template <class A> struct RegisterOf;
+template <> struct RegisterOf<float> { typedef float type __attribute__((vector_size(kRegister))); };
+template <> struct RegisterOf<double> { typedef double type __attribute__((vector_size(kRegister))); };
+
+// Count numbers in whole registers. Halves within halves: of an array, or of a wider vector, the compiler makes memory.
+template <class A, int Count, bool Whole = (Count * static_cast<int>(sizeof(A)) <= kRegister)> struct Part {
+  Part<A, Count / 2> low, high;
+
+  PFM_INLINED static Part load(const A* from) {
+    return {Part<A, Count / 2>::load(from), Part<A, Count / 2>::load(from + Count / 2)};
+  }
+  PFM_INLINED static Part all(A value) { return {Part<A, Count / 2>::all(value), Part<A, Count / 2>::all(value)}; }
+  PFM_INLINED void save(A* to) const {
+    low.save(to);
+    high.save(to + Count / 2);
+  }
+};
+template <class A, int Count> struct Part<A, Count, true> {
+  typename RegisterOf<A>::type value;
+
+  PFM_INLINED static Part load(const A* from) {
+    Part part;
+    memcpy(&part.value, from, sizeof part.value);
+    return part;
+  }
+  PFM_INLINED static Part all(A value) { return {value - typename RegisterOf<A>::type{}}; }
+  PFM_INLINED void save(A* to) const { memcpy(to, &value, sizeof value); }
+};
+
+#define PFM_LANES(op)                                                                                                 \
+  template <class A, int N> PFM_INLINED inline Part<A, N, true> operator op(Part<A, N, true> a, Part<A, N, true> b) { \
+    return {a.value op b.value};                                                                                      \
+  }                                                                                                                   \
+  template <class A, int N>                                                                                           \
+  PFM_INLINED inline Part<A, N, false> operator op(Part<A, N, false> a, Part<A, N, false> b) {                        \
+    return {a.low op b.low, a.high op b.high};                                                                        \
+  }
+PFM_LANES(+)
+PFM_LANES(-)
+PFM_LANES(*)
+#undef PFM_LANES
+
+template <class A> using Lanes = Part<A, kLanes>;
+
+}  // namespace
 
 // Reads kLanes numbers, or the last ones of a row and `fill`.
 template <class A> struct LoadAll {
   int64_t at;
-  __attribute__((always_inline)) void operator()(Lanes<A>& to, const A* from, A) const { memcpy(&to, from + at, sizeof to); }
+  PFM_INLINED Lanes<A> operator()(const A* from, A) const { return Lanes<A>::load(from + at); }
 };
 template <class A> struct LoadSome {
   int64_t at;
   int count;
-  __attribute__((always_inline)) void operator()(Lanes<A>& to, const A* from, A fill) const {
-    for (int i = 0; i < kLanes; ++i) to[i] = fill;
-    memcpy(&to, from + at, static_cast<size_t>(count) * sizeof(A));
+  PFM_INLINED Lanes<A> operator()(const A* from, A fill) const {
+    A lane[kLanes];
+    for (int i = 0; i < kLanes; ++i) lane[i] = i < count ? from[at + i] : fill;
+    return Lanes<A>::load(lane);
   }
 };
 
 template <class A> PFM_INLINE A fold_lanes(const Lanes<A>& lanes) {
   A lane[kLanes];
-  memcpy(lane, &lanes, sizeof lane);
+  lanes.save(lane);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
 }
 
-// N sums over n columns at once: term(sums, load) adds kLanes columns of each, which it reads by
-// load(lanes, row, fill); past the end of the row a column is `fill`, which should make the term 0.
+// N sums over n columns at once: term(sums, load) adds kLanes columns to each, which it reads by load(row, fill); past
+// the end of the row a column is `fill`, which should make the term 0.
 template <class A, int N, class Term> PFM_INLINE void row_sums(int64_t n, A (&to)[N], const Term& term) {
-  Lanes<A> even[N] = {}, odd[N] = {};  // two chains: an addition takes four cycles
+  Lanes<A> even[N], odd[N];  // two chains: an addition takes four cycles
+  for (int i = 0; i < N; ++i) even[i] = odd[i] = Lanes<A>::all(A(0));
   int64_t at = 0;
   for (; at + 2 * kLanes <= n; at += 2 * kLanes) {
     term(even, LoadAll<A>{at});
@@ -110,10 +163,7 @@ template <class A, int N, class Term> PFM_INLINE void row_sums(int64_t n, A (&to
     at += kLanes;
   }
   if (at < n) term(odd, LoadSome<A>{at, static_cast<int>(n - at)});
-  for (int i = 0; i < N; ++i) {
-    even[i] += odd[i];
-    to[i] = fold_lanes<A>(even[i]);
-  }
+  for (int i = 0; i < N; ++i) to[i] = fold_lanes<A>(even[i] + odd[i]);
 }
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------

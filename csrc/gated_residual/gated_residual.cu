@@ -51,7 +51,8 @@ ColumnSums plan(const GatedResidualBackward& p, bool* fits) {
 }
 
 dim3 grid_for(int64_t units, int multiprocessors) {
-  const int64_t wanted = (units + kWarpsPerBlock - 1) / kWarpsPerBlock, most = multiprocessors * kBlocksPerMultiprocessor;
+  const int64_t wanted = (units + kWarpsPerBlock - 1) / kWarpsPerBlock,
+                most = multiprocessors * kBlocksPerMultiprocessor;
   return dim3(static_cast<unsigned>(wanted < most ? wanted : most));
 }
 
@@ -76,8 +77,8 @@ Status gated_residual_cuda(const GatedResidual& p, int device, void* stream_poin
   for (int i = 0; i < 6; ++i) arguments.in[i] = device_rows(*all[i], p.shape, width);
   arguments.y = device_rows(p.y, p.shape, width);
   arguments.dy = device_rows(p.dy, p.shape, width);
-  return LAUNCH(variant_for(width, static_cast<bool>(p.dy)).forward, grid_for(arguments.units, count), dim3(kThreads), 0,
-                static_cast<Stream>(stream_pointer), arguments);
+  return LAUNCH(variant_for(width, static_cast<bool>(p.dy)).forward, grid_for(arguments.units, count), dim3(kThreads),
+                0, static_cast<Stream>(stream_pointer), arguments);
 }
 
 size_t gated_residual_workspace_bytes(const GatedResidualBackward& p) {
@@ -106,7 +107,7 @@ Status gated_residual_backward_cuda(const GatedResidualBackward& p, int device, 
   arguments.shape = p.shape;
   arguments.pieces = (p.shape.columns + 32 * width - 1) / (32 * width);
   arguments.units = arguments.sums.chunks * arguments.pieces;
-  DeviceRows* to[] = {&arguments.gate, &arguments.h,   &arguments.dgate,     &arguments.dh,  &arguments.gy,
+  DeviceRows* to[] = {&arguments.gate, &arguments.h,  &arguments.dgate,     &arguments.dh,  &arguments.gy,
                       &arguments.gdy,  &arguments.gh, &arguments.vector[0], &arguments.gdh, &arguments.vector[1]};
   for (int i = 0; i < 10; ++i) *to[i] = device_rows(*all[i], p.shape, width);
   arguments.partials = static_cast<float*>(p.workspace);

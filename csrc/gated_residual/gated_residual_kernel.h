@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
       put<Width>(p.y, start_of(p.y, index), first + s * 32 * Width, p.shape.columns, y);
       if constexpr (Pair) {
         UNROLL
-        for (int c = 0; c < Width; ++c)
-          y[c] = in[kDX][c] + (in[kDGate][c] * in[kH][c] + in[kGate][c] * in[kDH][c]);
+        for (int c = 0; c < Width; ++c) y[c] = in[kDX][c] + (in[kDGate][c] * in[kH][c] + in[kGate][c] * in[kDH][c]);
         put<Width>(p.dy, start_of(p.dy, index), first + s * 32 * Width, p.shape.columns, y);
       }
     }

@@ -137,8 +137,8 @@ Status norm_modulate_backward_cuda(const NormModulateBackward& p, int device, vo
   const Variant<BackwardArguments>& variant =
       variant_for(kBackward, width_for(all, p.shape), static_cast<bool>(p.gdy), p.shape.columns);
   set_common(&arguments, p);
-  DeviceRows* to[] = {&arguments.x,   &arguments.scale, &arguments.dx, &arguments.dscale, &arguments.gy,
-                      &arguments.gdy, &arguments.gx,    &arguments.gdx};
+  DeviceRows* to[] = {&arguments.x,  &arguments.scale, &arguments.dx, &arguments.dscale,
+                      &arguments.gy, &arguments.gdy,   &arguments.gx, &arguments.gdx};
   for (int i = 0; i < 8; ++i) *to[i] = device_rows(*all[i], p.shape, variant.width);
   for (int v = 0; v < kVectors; ++v) arguments.vector[v] = device_rows(p.vector[v], p.shape, variant.width);
   arguments.partials = static_cast<float*>(p.workspace);

@@ -19,7 +19,10 @@ namespace {
 template <class A> class RowReader {
  public:
   RowReader(void* space, int rows, int64_t columns)
-      : space_(static_cast<A*>(space)), step_(space_row(columns)), columns_(columns), zeros_(row(rows - 1)) {
+      : space_(static_cast<A*>(space)),
+        step_(space_row(columns)),
+        columns_(columns),
+        zeros_(row(rows - 1)) {
     for (int64_t c = 0; c < columns; ++c) zeros_[c] = A(0);
   }
   A* row(int i) const { return space_ + i * step_; }
@@ -43,18 +46,13 @@ template <class A> PFM_INLINE Moments<A> moments(const NormModulate& p, const A*
   Moments<A> m = {};
   A sum[1];
   if (p.layer) {
-    row_sums<A, 1>(n, sum, [=](Lanes<A>(&to)[1], const auto& load) PFM_INLINED {
-      Lanes<A> v;
-      load(v, x, A(0));
-      to[0] += v;
-    });
+    row_sums<A, 1>(n, sum, [=](Lanes<A>(&to)[1], const auto& load) PFM_INLINED { to[0] = to[0] + load(x, A(0)); });
     m.mean = sum[0] * per;
   }
+  const auto mean = Lanes<A>::all(m.mean);
   row_sums<A, 1>(n, sum, [=](Lanes<A>(&to)[1], const auto& load) PFM_INLINED {
-    Lanes<A> v;
-    load(v, x, m.mean);
-    v -= m.mean;
-    to[0] += v * v;
+    const Lanes<A> v = load(x, m.mean) - mean;
+    to[0] = to[0] + v * v;
   });
   m.r = A(1) / std::sqrt(sum[0] * per + static_cast<A>(p.eps));
   return m;
@@ -67,22 +65,17 @@ template <class A> PFM_INLINE Moments<A> moments(const NormModulate& p, const A*
   A sum[2];
   if (p.layer) {
     row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
-      Lanes<A> v;
-      load(v, x, A(0));
-      to[0] += v;
-      load(v, dx, A(0));
-      to[1] += v;
+      to[0] = to[0] + load(x, A(0));
+      to[1] = to[1] + load(dx, A(0));
     });
     m.mean = sum[0] * per;
     m.dmean = sum[1] * per;
   }
+  const auto mean = Lanes<A>::all(m.mean), dmean = Lanes<A>::all(m.dmean);
   row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
-    Lanes<A> v, dv;
-    load(v, x, m.mean);
-    load(dv, dx, m.dmean);
-    v -= m.mean;
-    to[0] += v * v;
-    to[1] += v * (dv - m.dmean);
+    const Lanes<A> v = load(x, m.mean) - mean;
+    to[0] = to[0] + v * v;
+    to[1] = to[1] + v * (load(dx, m.dmean) - dmean);
   });
   m.r = A(1) / std::sqrt(sum[0] * per + static_cast<A>(p.eps));
   m.slope = sum[1] * m.r * per;
@@ -140,28 +133,22 @@ template <class A> struct Slopes {
 template <class A> PFM_INLINE Slopes<A> slopes(const NormModulateBackward& p, const Operands<A>& o) {
   const int64_t n = p.shape.columns;
   const A per = A(1) / static_cast<A>(n);
+  const auto one = Lanes<A>::all(A(1));
   Slopes<A> s = {};
   A sum[2];
   if (p.layer) {
     row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
-      Lanes<A> x, gy, scale;
-      load(x, o.x, A(0));
-      load(gy, o.gy, A(0));
-      load(scale, o.scale, A(0));
-      to[0] += x;
-      to[1] += gy * (A(1) + scale);
+      to[0] = to[0] + load(o.x, A(0));
+      to[1] = to[1] + load(o.gy, A(0)) * (load(o.scale, A(0)) + one);
     });
     s.mean = sum[0] * per;
     s.p_mean = sum[1] * per;
   }
+  const auto mean = Lanes<A>::all(s.mean), p_mean = Lanes<A>::all(s.p_mean);
   row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
-    Lanes<A> x, gy, scale;
-    load(x, o.x, s.mean);
-    load(gy, o.gy, s.p_mean);
-    load(scale, o.scale, A(0));
-    x -= s.mean;
-    to[0] += x * x;
-    to[1] += x * (gy * (A(1) + scale) - s.p_mean);
+    const Lanes<A> x = load(o.x, s.mean) - mean;
+    to[0] = to[0] + x * x;
+    to[1] = to[1] + x * (load(o.gy, s.p_mean) * (load(o.scale, A(0)) + one) - p_mean);
   });
   s.r = A(1) / std::sqrt(sum[0] * per + static_cast<A>(p.eps));
   s.of_p = sum[1] * s.r * per;
@@ -171,44 +158,34 @@ template <class A> PFM_INLINE Slopes<A> slopes(const NormModulateBackward& p, co
 template <class A> PFM_INLINE Slopes<A> slopes_of_both(const NormModulateBackward& p, const Operands<A>& o) {
   const int64_t n = p.shape.columns;
   const A per = A(1) / static_cast<A>(n);
+  const auto one = Lanes<A>::all(A(1));
   Slopes<A> s = {};
   if (p.layer) {
     A sum[4];
     row_sums<A, 4>(n, sum, [=](Lanes<A>(&to)[4], const auto& load) PFM_INLINED {
-      Lanes<A> x, dx, gy, gdy, scale, dscale;
-      load(x, o.x, A(0));
-      load(dx, o.dx, A(0));
-      load(gy, o.gy, A(0));
-      load(gdy, o.gdy, A(0));
-      load(scale, o.scale, A(0));
-      load(dscale, o.dscale, A(0));
-      to[0] += x;
-      to[1] += dx;
-      to[2] += gy * (A(1) + scale) + gdy * dscale;
-      to[3] += gdy * (A(1) + scale);
+      const Lanes<A> factor = load(o.scale, A(0)) + one, gdy = load(o.gdy, A(0));
+      to[0] = to[0] + load(o.x, A(0));
+      to[1] = to[1] + load(o.dx, A(0));
+      to[2] = to[2] + (load(o.gy, A(0)) * factor + gdy * load(o.dscale, A(0)));
+      to[3] = to[3] + gdy * factor;
     });
     s.mean = sum[0] * per;
     s.dmean = sum[1] * per;
     s.p_mean = sum[2] * per;
     s.q_mean = sum[3] * per;
   }
+  const auto mean = Lanes<A>::all(s.mean), dmean = Lanes<A>::all(s.dmean), p_mean = Lanes<A>::all(s.p_mean),
+             q_mean = Lanes<A>::all(s.q_mean);
   A sum[5];
   row_sums<A, 5>(n, sum, [=](Lanes<A>(&to)[5], const auto& load) PFM_INLINED {
-    Lanes<A> x, dx, gy, gdy, scale, dscale;
-    load(x, o.x, s.mean);
-    load(dx, o.dx, s.dmean);
-    load(gy, o.gy, s.p_mean);
-    load(gdy, o.gdy, s.q_mean);
-    load(scale, o.scale, A(0));
-    load(dscale, o.dscale, A(0));
-    x -= s.mean;
-    dx -= s.dmean;
-    const Lanes<A> q = gdy * (A(1) + scale) - s.q_mean;
-    to[0] += x * x;
-    to[1] += x * (gy * (A(1) + scale) + gdy * dscale - s.p_mean);
-    to[2] += x * dx;
-    to[3] += x * q;
-    to[4] += q * dx;
+    const Lanes<A> factor = load(o.scale, A(0)) + one, gdy = load(o.gdy, s.q_mean);
+    const Lanes<A> x = load(o.x, s.mean) - mean, dx = load(o.dx, s.dmean) - dmean;
+    const Lanes<A> q = gdy * factor - q_mean;
+    to[0] = to[0] + x * x;
+    to[1] = to[1] + x * (load(o.gy, s.p_mean) * factor + gdy * load(o.dscale, A(0)) - p_mean);
+    to[2] = to[2] + x * dx;
+    to[3] = to[3] + x * q;
+    to[4] = to[4] + q * dx;
   });
   s.r = A(1) / std::sqrt(sum[0] * per + static_cast<A>(p.eps));
   s.of_p = sum[1] * s.r * per;

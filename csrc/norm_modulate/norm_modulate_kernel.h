@@ -294,9 +294,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) backward_kernel(const __gri
           }
         }
         // A chunk is one row where a thread cannot hold its columns.
-        if constexpr (!Resident) {
-          put_sums(p.sums, p.partials, chunk, column, columns, of_vector);
-        }
+        if constexpr (!Resident) { put_sums(p.sums, p.partials, chunk, column, columns, of_vector); }
       });
     }
     if constexpr (Resident) {

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pyflowmap import reference
+
 from .fused import Fused
 from .modulation import check_floating, fitted, launch, of_one_kind, over_tokens
 
@@ -55,8 +57,8 @@ class _GatedResidual(Fused):
     name = "gated_residual"
     operands = ("x", "gate", "h")
 
-    def value(self, options, x, gate, h):
-        return x + over_tokens(gate, x) * h
+    def value(self, options, x, gate, h):  # type: ignore[override]
+        return reference.gated_residual(x, over_tokens(gate, x), h)
 
     def empty(self, options, operands, pair):
         x, gate, h = operands
@@ -72,7 +74,7 @@ class _GatedResidual(Fused):
         _, dgate, dh = tangents or (None,) * 3
         needs = (*needs, *(False,) * (6 - len(needs)))
         inputs = (h, gate, dgate, dh, gy, gdy)
-        sought = ((h, needs[2]), (gate, needs[1]), (dh, needs[5]), (dgate, needs[4]))
+        sought: tuple[Any, ...] = ((h, needs[2]), (gate, needs[1]), (dh, needs[5]), (dgate, needs[4]))
         found = [torch.empty_like(v) if need else None for v, need in sought]
         if any(needs[i] for i in (1, 2, 4, 5)):
             launch(self.name, module.gated_residual_backward, inputs, found)

@@ -68,15 +68,19 @@ def launch(
     shape = like.shape
 
     def flat(x: Tensor | None) -> Tensor | None:
-        return None if x is None else over_tokens(x, like).expand(shape).resolve_neg().reshape(-1, shape[-1]).contiguous()
+        if x is None:
+            return None
+        return over_tokens(x, like).expand(shape).resolve_neg().reshape(-1, shape[-1]).contiguous()
 
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    results = [
-        None
-        if y is None
-        else torch.empty(like.numel() // shape[-1], shape[-1], dtype=y.dtype if y.shape == shape else wide, device=y.device)
-        for y in outputs
-    ]
+    rows = like.numel() // shape[-1]
+
+    def room(y: Tensor | None) -> Tensor | None:
+        if y is None:
+            return None
+        return torch.empty(rows, shape[-1], dtype=y.dtype if y.shape == shape else wide, device=y.device)
+
+    results = [room(y) for y in outputs]
     if not function((*map(flat, inputs), *results), *constants):
         raise RuntimeError(f"{name}: the kernel refused its operands; this is a bug in pyflowmap, please report it")
     for y, result in zip(outputs, results, strict=True):

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pyflowmap import reference
+
 from .fused import Fused
 from .modulation import check_floating, fitted, launch, of_one_kind, over_tokens
 
@@ -69,23 +71,13 @@ class _NormModulate(Fused):
     name = "norm_modulate"
     operands = ("x", "scale", "shift")
 
-    def value(self, options, x, scale, shift):
+    def value(self, options, x, scale, shift):  # type: ignore[override]
         kind, eps = options
-        # float32 within, as the kernel; written out, since backward through torch's forward derivative of layer_norm is
-        # wrong in silence (2.13).
-        wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.to(wide)
-        if kind == 0.0:
-            n = n - n.mean(-1, keepdim=True)
-        n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
-        y = torch.addcmul(over_tokens(shift, x).to(wide), n, 1.0 + over_tokens(scale, x).to(wide))
-        return y.to(self._dtype(x, scale, shift))
-
-    def _dtype(self, x, scale, shift):
-        return torch.promote_types(torch.promote_types(x.dtype, scale.dtype), shift.dtype)
+        return reference.norm_modulate(x, over_tokens(scale, x), over_tokens(shift, x), kind == 0.0, eps)
 
     def empty(self, options, operands, pair):
-        x, dtype = operands[0], self._dtype(*operands)
+        x, scale, shift = operands
+        dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), shift.dtype)
         return [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(1 + pair)]
 
     def forward(self, module, options, operands, tangents, results):

@@ -1,8 +1,8 @@
 """The roads that lead to a fused function, each against its formula in plain torch differentiated by torch.
 
-    @pytest.mark.parametrize("road", ROADS)
-    def test_roads(road):
-        ROADS[road](Case(function, formula, operands, tangents))
+@pytest.mark.parametrize("road", ROADS)
+def test_roads(road):
+    ROADS[road](Case(function, formula, operands, tangents))
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def _leaves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _loss(function: Callable, road: str, operands: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
-    """A number that depends on the value, and on the tangent where that is recorded; not linearly, so that a gradient of
-    the wrong operand shows."""
+    """A number that depends on the value, and on the tangent where that is recorded; not linearly, so that a wrong
+    operand shows."""
     if road == "value":
         return function(*operands).square().sum()
     if road == "func":
