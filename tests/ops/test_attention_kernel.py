@@ -296,7 +296,6 @@ def test_nan_is_seen(module):
 @pytest.mark.parametrize("causal", [False, True])
 def test_threads_do_not_change_bits(module, causal):
     """Several units for each thread; and one head long enough that its keys are cut into runs."""
-    before = torch.get_num_threads()
     for case in (
         make(queries=300, dim=32, causal=causal),
         make(batch=1, heads=2, kv_heads=1, queries=1100, dim=8, causal=causal),
