@@ -3,7 +3,6 @@
 #include "attention/attention.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -18,6 +17,14 @@ constexpr Status kNoMemory = {1, "no memory for the tiles of a thread"};
 
 // Below this many multiply-adds (some 20 us) a second thread costs more than it gains.
 constexpr double kWorkPerThread = 1e6;
+
+// Tiles of 128 x 128 scores beside 128 rows of q, k, v and their tangents lie in a second-level cache of 1 MB, and are
+// long enough that packing and accumulators cost some per cent.
+constexpr int kBlock = 128;
+
+// With fewer units than this, forward takes smaller blocks of queries, and backward cuts the keys of a head into runs of
+// at least so many keys, so that more threads have work.
+constexpr int64_t kFewUnits = 16, kKeysPerRun = 512;
 
 #if defined(PYFLOWMAP_HAS_V4)
 #define PICK_V4(function) \
@@ -36,19 +43,21 @@ constexpr double kWorkPerThread = 1e6;
   PICK_V3(function);   \
   return base::function
 
-// A head of keys is cut where there are fewer heads than this, into runs of at least so many keys.
-constexpr int64_t kBackwardUnits = 16, kKeysPerRun = 512;
-
 ForwardUnits forward_units() { PICK(attention_forward_units); }
 
 BackwardUnits backward_units() { PICK(attention_backward_units); }
 BackwardUnits backward_sums() { PICK(attention_backward_sums); }
 
+// The block for n rows; a multiple of 16, and no larger than n asks for: scratch is touched only as far as it is used.
+int block_of(int64_t n, int most = kBlock) {
+  return n >= most ? most : n > 0 ? static_cast<int>((n + 15) / 16 * 16) : 16;
+}
+
 int64_t ceil_div(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
 int64_t threads_for(const AttentionProblem& p, double products) {
-  const double pairs =
-      static_cast<double>(p.batch) * static_cast<double>(p.heads) * static_cast<double>(p.queries) * static_cast<double>(p.keys);
+  const double pairs = static_cast<double>(p.batch) * static_cast<double>(p.heads) * static_cast<double>(p.queries) *
+                       static_cast<double>(p.keys);
   return static_cast<int64_t>(pairs * (p.head_dim + p.value_dim) / 2 * products / kWorkPerThread) + 1;
 }
 
@@ -57,8 +66,10 @@ int64_t threads_for(const AttentionProblem& p, double products) {
 Status attention_forward_cpu(const AttentionForward& p) {
   if (p.batch == 0 || p.heads == 0 || p.queries == 0) return {};
   AttentionPlan plan;
-  plan.query_block = getenv("QB")?atoi(getenv("QB")):128;
-  plan.key_block = getenv("KB")?atoi(getenv("KB")):128;
+  plan.query_block = block_of(p.queries);
+  if (p.batch * p.heads * ceil_div(p.queries, plan.query_block) < kFewUnits)
+    plan.query_block = block_of(p.queries, kBlock / 2);
+  plan.key_block = block_of(p.keys);
   plan.query_blocks = ceil_div(p.queries, plan.query_block);
   std::atomic<bool> fine{true};
   const ForwardUnits run = forward_units();
@@ -71,11 +82,11 @@ Status attention_forward_cpu(const AttentionForward& p) {
 Status attention_backward_cpu(const AttentionBackward& p) {
   if (p.batch == 0 || p.heads == 0) return {};
   AttentionPlan plan;
-  plan.query_block = getenv("QB")?atoi(getenv("QB")):64;
-  plan.key_block = getenv("KB")?atoi(getenv("KB")):64;
+  plan.query_block = block_of(p.queries);
+  plan.key_block = block_of(p.keys);
   const int64_t key_blocks = ceil_div(p.keys, plan.key_block);
   // Long rows of few heads are cut into runs of keys, at a price in memory; by the shape, not by the threads.
-  const int64_t wanted = ceil_div(kBackwardUnits, p.batch * p.kv_heads), most = p.keys / kKeysPerRun;
+  const int64_t wanted = ceil_div(kFewUnits, p.batch * p.kv_heads), most = p.keys / kKeysPerRun;
   plan.blocks_per_run = ceil_div(key_blocks, wanted < most ? wanted : most > 1 ? most : 1);
   plan.runs = plan.blocks_per_run > 0 ? ceil_div(key_blocks, plan.blocks_per_run) : 1;
   std::unique_ptr<char[]> partial;

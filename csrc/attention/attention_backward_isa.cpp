@@ -58,10 +58,18 @@ template <class A> struct Backward {
   A *gq, *gdq, *gk, *gv, *gdk, *gdv;
 
   Backward(const AttentionBackward& problem, const AttentionPlan& cut)
-      : p(problem), plan(cut), both(static_cast<bool>(p.gdo)), has_dq(both && p.dq), has_dk(both && p.dk),
-        has_dv(both && p.dv), scale(static_cast<A>(p.scale)),
-        pitch_d(pitch_of<A>(p.head_dim)), pitch_v(pitch_of<A>(p.value_dim)), pitch_s(pitch_of<A>(plan.key_block)),
-        pitch_gq(plan.partial ? plan.partial_pitch : pitch_d), run_keys(plan.blocks_per_run * plan.key_block) {}
+      : p(problem),
+        plan(cut),
+        both(static_cast<bool>(p.gdo)),
+        has_dq(both && p.dq),
+        has_dk(both && p.dk),
+        has_dv(both && p.dv),
+        scale(static_cast<A>(p.scale)),
+        pitch_d(pitch_of<A>(p.head_dim)),
+        pitch_v(pitch_of<A>(p.value_dim)),
+        pitch_s(pitch_of<A>(plan.key_block)),
+        pitch_gq(plan.partial ? plan.partial_pitch : pitch_d),
+        run_keys(plan.blocks_per_run * plan.key_block) {}
 
   int64_t place(char* base) {
     Scratch scratch(base);
@@ -295,7 +303,8 @@ template <class A> bool run(const AttentionBackward& p, const AttentionPlan& pla
 }
 
 // Adds the partial sums of one row (sample, head, query) of gQ and of gdQ.
-template <class A> void sum_partials(const AttentionBackward& p, const AttentionPlan& plan, int64_t first, int64_t last) {
+template <class A> void sum_partials(const AttentionBackward& p, const AttentionPlan& plan, int64_t first,
+                                     int64_t last) {
   const int pitch = plan.partial_pitch;
   const int64_t rows = p.batch * p.heads * p.queries;
   for (int64_t i = first; i < last; ++i) {

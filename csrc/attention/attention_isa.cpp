@@ -22,9 +22,17 @@ template <class A> struct Forward {
   Softmax<A> state;
 
   Forward(const AttentionForward& problem, const AttentionPlan& cut)
-      : p(problem), plan(cut), has_dq(p.d_o && p.dq), has_dk(p.d_o && p.dk), has_dv(p.d_o && p.dv),
-        tangent(static_cast<bool>(p.d_o)), moves(has_dq || has_dk), scale(static_cast<A>(p.scale)),
-        pitch_d(pitch_of<A>(p.head_dim)), pitch_v(pitch_of<A>(p.value_dim)), pitch_s(pitch_of<A>(plan.key_block)) {}
+      : p(problem),
+        plan(cut),
+        has_dq(p.d_o && p.dq),
+        has_dk(p.d_o && p.dk),
+        has_dv(p.d_o && p.dv),
+        tangent(static_cast<bool>(p.d_o)),
+        moves(has_dq || has_dk),
+        scale(static_cast<A>(p.scale)),
+        pitch_d(pitch_of<A>(p.head_dim)),
+        pitch_v(pitch_of<A>(p.value_dim)),
+        pitch_s(pitch_of<A>(plan.key_block)) {}
 
   int64_t place(char* base) {
     Scratch scratch(base);

@@ -6,7 +6,7 @@ namespace pyflowmap {
 
 // The cut depends on the shape alone. A row of any result does not depend on it but through the blocks of keys.
 struct AttentionPlan {
-  int query_block = 0, key_block = 0;
+  int query_block = 0, key_block = 0;  // key_block: a multiple of 16
   int64_t query_blocks = 0, key_blocks = 0;
   // Backward: a unit is a run of key blocks of one head of keys. Where there is more than one run, the gradients of Q
   // are partial sums in `partial`: (run, sample, head, query, head_dim), gQ then gdQ.
@@ -19,11 +19,11 @@ struct AttentionPlan {
 using ForwardUnits = bool (*)(const AttentionForward&, const AttentionPlan&, int64_t first, int64_t last);
 using BackwardUnits = bool (*)(const AttentionBackward&, const AttentionPlan&, int64_t first, int64_t last);
 
-#define PYFLOWMAP_ATTENTION_UNITS(isa)                                                                    \
-  namespace isa {                                                                                         \
-  bool attention_forward_units(const AttentionForward&, const AttentionPlan&, int64_t, int64_t);          \
-  bool attention_backward_units(const AttentionBackward&, const AttentionPlan&, int64_t, int64_t);        \
-  bool attention_backward_sums(const AttentionBackward&, const AttentionPlan&, int64_t, int64_t);         \
+#define PYFLOWMAP_ATTENTION_UNITS(isa)                                                             \
+  namespace isa {                                                                                  \
+  bool attention_forward_units(const AttentionForward&, const AttentionPlan&, int64_t, int64_t);   \
+  bool attention_backward_units(const AttentionBackward&, const AttentionPlan&, int64_t, int64_t); \
+  bool attention_backward_sums(const AttentionBackward&, const AttentionPlan&, int64_t, int64_t);  \
   }
 PYFLOWMAP_ATTENTION_UNITS(base)
 PYFLOWMAP_ATTENTION_UNITS(v3)

@@ -17,7 +17,7 @@ template <class A> constexpr A kHidden = -std::numeric_limits<A>::infinity();
 // (3e-9). Below 2 ulp; 0 for -infinity and for what would be subnormal; NaN stays. x <= 88.
 PFM_INLINE Vector<float> exponential(const Vector<float>& x) {
   typedef uint32_t Int __attribute__((vector_size(kVectorBytes)));
-  constexpr float kRound = 12582912.0f;                           // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const Vector<float> shifted = x * 1.442695041f + kRound;
   const Vector<float> n = shifted - kRound;
   const Vector<float> r = (x - n * 0.693359375f) - n * -2.1219444e-4f;  // n * 355/512 is exact
