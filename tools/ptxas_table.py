@@ -8,6 +8,7 @@ from __future__ import annotations
 import concurrent.futures
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,14 +69,16 @@ def short(mangled: list[str]) -> list[str]:
     """kernel<Config<bf16, 64, ...>>: without namespaces, arguments and the types of template values."""
     if not mangled:
         return []
-    text = subprocess.run(["cu++filt", "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
+    demangler = shutil.which("cu++filt") or "c++filt"  # not every toolkit has its own
+    text = subprocess.run([demangler, "-p"], input="\n".join(mangled), capture_output=True, text=True, check=True)
     names = []
     for name in text.stdout.splitlines():
         name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|\b\w+::", "", name)
         name = name.replace("(bool)1", "true").replace("(bool)0", "false")
         name = re.sub(r"\((?:unsigned )?(?:int|long|short|char)\)", "", name)
         name = re.sub(r"\((\w+)\)(\d+)", r"\1 \2", name)  # a value of an enumeration
-        names.append(re.sub(r"^void ", "", name).replace(" >", ">").strip())
+        name = re.sub(r"^void ", "", name).replace(" >", ">").strip()
+        names.append(name)
     return names
 
 
@@ -88,6 +91,8 @@ def main() -> int:
         work = {(s, a): pool.submit(compiled, s, a, flags) for s in sources for a in ARCHS}
     for source in sources:
         usages = [work[source, arch].result() for arch in ARCHS]
+        if not usages[0]:
+            continue
         lines.append(f"\n## {source.relative_to(ROOT)}\n")
         lines.append("| kernel | registers | spills, bytes | shared memory, bytes | constant memory, bytes |")
         lines.append("|---|---|---|---|---|")

@@ -235,6 +235,18 @@ def test_small_and_large_tangents(simt, dtype, size):
     check(Case(dtype, size=size))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mu_sums_what_was_rounded(simt, dtype):
+    """All weights equal and V = 1: O = 1 and T = l mu whatever roundings W met; with mu of the unrounded W, dO != 0."""
+    x = inputs(Case(dtype, keys=130, tangents=ONLY_Q))
+    x.primals[0].zero_()
+    x.primals[2].fill_(1.0)
+    y = attention(x)
+    ds = x.scale * (x.tangents[0].double() @ x.primals[1].double().transpose(-1, -2))
+    assert (y["o"] == 1).all()
+    assert (y["do"].double().abs() <= 130 * torch.finfo(torch.float32).eps * ds.abs().mean(-1, keepdim=True)).all()
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
 def test_any_scale(simt, scale):
     check(Case(torch.float32, scale=scale))
@@ -277,6 +289,18 @@ def test_a_query_that_sees_nothing(simt):
     blind = case.queries // 2
     assert (y["o"][:, 0, blind] == 0).all() and (y["do"][:, 0, blind] == 0).all()
     assert (y["lse"][:, 0, blind] == -math.inf).all() and (y["mu"][:, 0, blind] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["bool", "add"])
+def test_a_masked_key_has_no_weight_whatever_it_is(simt, mask):
+    x = inputs(Case(torch.float32, queries=17, keys=20, mask=mask))
+    hide = -math.inf if mask == "add" else False
+    x.mask[..., 7] = hide
+    clean = attention(x)
+    x.primals[1][..., 7, :] = math.nan
+    x.tangents[1][..., 7, :] = math.nan
+    for name, y in attention(x).items():
+        assert torch.equal(y, clean[name]), name
 
 
 @pytest.mark.parametrize("tangents", [ALL, NONE])
