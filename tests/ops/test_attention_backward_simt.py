@@ -339,6 +339,23 @@ def test_lengths(both):
 
 
 @MODES
+@pytest.mark.parametrize("name", ["k", "v", "dk", "dv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_queries_do_not_look_at_later_keys(name, dtype, both):
+    """A NaN in a key is in the gradients of the queries that see it, and in no other's."""
+    case = Case(dtype=dtype, both=both, causal=True, queries=50, keys=50, d=16)
+    x, mask = draw(case)
+    exact, saved = expected(case, x, mask)
+    bounds = allowed(case, x, mask, exact)
+    x[name][0, 0, 21, 3] = math.nan
+    computed = run(case, x, mask, saved)
+    for query in ("q", "dq") if both else ("q",):
+        assert_within(computed[query][:, :, :21], exact[query][:, :, :21], bounds[query][:, :, :21], query)
+    if both or name in ("k", "v"):
+        assert computed["q"][:, :, 21:].isnan().all()
+
+
+@MODES
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", ["bool", "added", "keys"])
 def test_masks(mask, dtype, both):
