@@ -31,10 +31,10 @@ constexpr Variant variant() {
 constexpr Variant kVariants[] = {
 // type, head, tangent, tiles of 16 queries per warp, warps: queries x columns, keys per tile
 #define PFM_HALF_PRECISION(T)                                                                                          \
-  variant<T, 32, true, 1, 4, 1, 64>(), variant<T, 32, false, 2, 4, 1, 64>(), variant<T, 48, true, 1, 4, 1, 64>(),      \
+  variant<T, 32, true, 1, 4, 1, 32>(), variant<T, 32, false, 2, 4, 1, 64>(), variant<T, 48, true, 1, 4, 1, 32>(),      \
       variant<T, 48, false, 2, 4, 1, 64>(), variant<T, 64, true, 1, 4, 1, 64>(), variant<T, 64, false, 2, 4, 1, 64>(), \
-      variant<T, 80, true, 1, 4, 1, 32>(), variant<T, 80, false, 2, 4, 1, 64>(), variant<T, 96, true, 1, 4, 1, 32>(),  \
-      variant<T, 96, false, 2, 4, 1, 64>(), variant<T, 128, true, 1, 4, 1, 32>(),                                      \
+      variant<T, 80, true, 1, 4, 1, 48>(), variant<T, 80, false, 2, 4, 1, 64>(), variant<T, 96, true, 1, 4, 1, 32>(),  \
+      variant<T, 96, false, 2, 4, 1, 32>(), variant<T, 128, true, 1, 4, 1, 32>(),                                      \
       variant<T, 128, false, 2, 4, 1, 32>(), variant<T, 256, true, 1, 2, 2, 32>(),                                     \
       variant<T, 256, false, 1, 4, 1, 32>()
     PFM_HALF_PRECISION(bf16),

@@ -22,6 +22,9 @@ struct ForwardConfig {
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   static constexpr int kQueries = 16 * M * kRowWarps;
   static constexpr int kColumns = D / kColumnWarps;  // of O, per warp
+  // Of the loop over columns of Q. Unrolled further, its addresses are kept through the loop over keys, in registers that
+  // a wide head has not.
+  static constexpr int kUnroll = sizeof(T) == 4 ? 1 : D < 128 ? D / 16 : kTangent ? 4 : 2;
   static_assert(kKeys % 16 == 0 && kColumns % 16 == 0, "a product takes 16 at a time");
 
   // Q and dQ stay; one tile each of K and V, and of their tangents where they are given.
@@ -40,7 +43,7 @@ PFM_DEVICE void multiply_keys(float (&s)[C::M][C::kKeys / 8][4], float (&ds)[C::
                               const typename C::T* a_tile, const typename C::T* da_tile, const typename C::T* b_tile,
                               int row0) {
   using Product = attention_device::Product<typename C::T>;
-  UNROLL
+#pragma unroll(C::kUnroll)
   for (int k = 0; k < C::D; k += 16) {
     typename Product::A a[C::M], da[C::M];
     UNROLL
@@ -143,10 +146,54 @@ template <int N> PFM_DEVICE void multiply(float (&x)[N][4], float first, float s
   }
 }
 
+// ---- values that are not finite -------------------------------------------------------------------------------------
+// Under a causal mask some queries of a tile do not see some of its keys. Their weight is 0, and 0 * NaN would be NaN.
+
+template <class C> PFM_DEVICE bool all_finite(const typename C::T* tile) {
+  using T = typename C::T;
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
+  union { uint4 words; T numbers[kChunk]; } chunk;
+  bool fine = true;
+  NO_UNROLL
+  for (int at = static_cast<int>(threadIdx.x); at < C::kKeys * C::D / kChunk; at += C::kThreads) {
+    chunk.words = reinterpret_cast<const uint4*>(tile)[at];
+    UNROLL
+    for (int i = 0; i < kChunk; ++i) fine = fine && finite(chunk.numbers[i]);
+  }
+  return fine;
+}
+
+// Zeros in their place; first[c] becomes the first key that had one in column c, or one past all keys.
+template <class C> PFM_DEVICE void take_out(int* first, typename C::T* tile, int key) {
+  NO_UNROLL
+  for (int c = static_cast<int>(threadIdx.x); c < C::D; c += C::kThreads) {
+    int found = 0x7fffffff;
+    NO_UNROLL
+    for (int j = C::kKeys - 1; j >= 0; --j) {
+      typename C::T* const number = tile + Tile<typename C::T, C::D>::at(0, 0, j, c);
+      if (finite(*number)) continue;
+      found = key + j;
+      clear_number(number);
+    }
+    first[c] = found;
+  }
+}
+
+// NaN for the queries that see them.
+template <int N> PFM_DEVICE void put_back(float (&x)[N][4], const int* first, int query, int column) {
+  UNROLL
+  for (int n = 0; n < N; ++n) {
+    UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (query + e / 2 * 8 >= first[column + 8 * n + e % 2]) x[n][e] = float_of(0x7fc00000u);
+    }
+  }
+}
+
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads) attention_forward_kernel(const AttentionForward p, int query_blocks) {
+__global__ void __launch_bounds__(C::kThreads, 2) attention_forward_kernel(const AttentionForward p, int query_blocks) {
   using T = typename C::T;
   using Product = attention_device::Product<T>;
   constexpr int kQueries = C::kQueries, kKeys = C::kKeys, D = C::D, M = C::M;
@@ -264,6 +311,23 @@ __global__ void __launch_bounds__(C::kThreads) attention_forward_kernel(const At
       if (C::kTangent && dk.data) load(dk_tile, dk, key + kKeys, p.head_dim);
     }
     async_commit();
+    if (p.causal && key + kKeys > first_query + 1) {
+      const bool d_values = C::kTangent && dv.data;
+      bool fine = all_finite<C>(v_tile);
+      if (d_values) fine = all_finite<C>(dv_tile) && fine;
+      if (__syncthreads_or(!fine)) {
+        SHARED(int, first, 2 * D);
+        take_out<C>(first, v_tile, key);
+        if (d_values) take_out<C>(first + D, dv_tile, key);
+        __syncthreads();
+        UNROLL
+        for (int m = 0; m < M; ++m) {
+          put_back(o[m], first, lane_row + 16 * m, column0 + lane_key);
+          if constexpr (C::kTangent) put_back(t[m], first, lane_row + 16 * m, column0 + lane_key);
+          if (d_values) put_back(t[m], first + D, lane_row + 16 * m, column0 + lane_key);
+        }
+      }
+    }
     multiply_values<C, C::kTangent>(o, t, weights, weighted, v_tile, column0);
     if constexpr (C::kTangent) {
       if (dv.data) multiply_values<C, false>(t, t, weights, weights, dv_tile, column0);

@@ -69,6 +69,10 @@ template <class T> PFM_DEVICE float high_of(uint32_t pair) {
 }
 #endif
 
+PFM_DEVICE bool finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+PFM_DEVICE bool finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
+PFM_DEVICE bool finite(f16 x) { return (x.bits & 0x7c00u) != 0x7c00u; }
+
 // Over the four lanes that hold a row of an accumulator.
 PFM_DEVICE float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
@@ -353,7 +357,10 @@ PFM_DEVICE void add_mask(float (&s)[N][4], const AttentionMask& mask, int64_t st
       UNROLL
       for (int e = 0; e < 2; ++e) {
         const int j = key + 8 * n + e;
-        if (j < keys) s[n][2 * half + e] += mask_value(data[i * mask.stride[2] + j * mask.stride[3]]);
+        if (j >= keys) continue;
+        const float value = mask_value(data[i * mask.stride[2] + j * mask.stride[3]]);
+        float& to = s[n][2 * half + e];
+        to = value == minus_infinity() ? value : to + value;  // hidden whatever S is, NaN too
       }
     }
   }
