@@ -6,7 +6,7 @@ namespace pyflowmap {
 namespace attention_device {
 namespace {
 
-// ---- every instantiation: the first that fits is taken --------------------------------------------------------------
+// ---- every instantiation, narrowest head first: the first that fits is taken ----------------------------------------
 
 struct Side {
   void (*kernel)(BackwardArguments);
@@ -21,45 +21,62 @@ struct Variant {
   Side keys, queries;
 };
 
-template <class K, int kResident> constexpr Side keys_side() {
+template <class T> constexpr DType dtype_of = DType::f32;
+template <> constexpr DType dtype_of<bf16> = DType::bf16;
+template <> constexpr DType dtype_of<f16> = DType::f16;
+
+template <class T, int D, bool kBoth, int kOwned, int kWalked, int kWarps, int kStages, int kResident>
+constexpr Side keys() {
+  using K = Backward<T, D, true, kBoth, kOwned, kWalked, kWarps, kStages>;
   return {key_gradients_kernel<K, kResident>, K::kOwned, K::kThreads, K::kBytes};
 }
-template <class K, int kResident> constexpr Side queries_side() {
+template <class T, int D, bool kBoth, int kOwned, int kWalked, int kWarps, int kStages, int kResident>
+constexpr Side queries() {
+  using K = Backward<T, D, false, kBoth, kOwned, kWalked, kWarps, kStages>;
   return {query_gradients_kernel<K, kResident>, K::kOwned, K::kThreads, K::kBytes};
 }
 
-// dtype, dim, both; the gradients of keys and of queries: rows owned, rows walked, warps, stages, resident blocks
-#define VARIANT(T, D, both, ko, kw, kn, ks, kr, qo, qw, qn, qs, qr)                         \
-  {DTypeOf<T>::value, D, both, keys_side<Backward<T, D, true, both, ko, kw, kn, ks>, kr>(), \
-   queries_side<Backward<T, D, false, both, qo, qw, qn, qs>, qr>()}
-
-template <class T> struct DTypeOf;
-template <> struct DTypeOf<float> { static constexpr DType value = DType::f32; };
-template <> struct DTypeOf<bf16> { static constexpr DType value = DType::bf16; };
-template <> struct DTypeOf<f16> { static constexpr DType value = DType::f16; };
+// Of each side: rows a block owns, rows it walks over in a step, warps, stages, blocks that a multiprocessor is to hold.
+// The gradients of a block's rows stay in its registers, up to 128 per thread: hence the few rows where heads are wide.
+// (64, both) spills some 8 of 128 registers, a cheap price for a second block: its two barriers per step leave gaps.
+// Shared memory stays within the 99 KB that every device has, except (float, 256, both): 132 KB, which compute
+// capabilities 8.6, 8.9 and 12.0 refuse.
+#define PFM_LINE(T, D, both, of_keys, of_queries) \
+  {dtype_of<T>, D, both, keys<T, D, both, PFM_UNPACK of_keys>(), queries<T, D, both, PFM_UNPACK of_queries>()}
+#define PFM_UNPACK(...) __VA_ARGS__
 
 constexpr Variant kVariants[] = {
-    VARIANT(bf16, 64, false, 64, 64, 4, 2, 2, 64, 64, 4, 2, 2),
-    VARIANT(bf16, 96, false, 64, 64, 8, 1, 1, 64, 64, 4, 1, 1),
-    VARIANT(bf16, 128, false, 64, 32, 8, 2, 1, 64, 32, 4, 2, 1),
-    VARIANT(bf16, 256, false, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(bf16, 64, true, 64, 32, 8, 2, 1, 64, 32, 4, 2, 1),
-    VARIANT(bf16, 96, true, 32, 32, 4, 2, 1, 64, 32, 4, 1, 1),
-    VARIANT(bf16, 128, true, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(bf16, 256, true, 16, 16, 4, 1, 1, 16, 16, 4, 1, 1),
-    VARIANT(f16, 64, false, 64, 64, 4, 2, 2, 64, 64, 4, 2, 2),
-    VARIANT(f16, 128, false, 64, 32, 8, 2, 1, 64, 32, 4, 2, 1),
-    VARIANT(f16, 256, false, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(f16, 64, true, 64, 32, 8, 2, 1, 64, 32, 4, 2, 1),
-    VARIANT(f16, 128, true, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(f16, 256, true, 16, 16, 4, 1, 1, 16, 16, 4, 1, 1),
-    VARIANT(float, 64, false, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(float, 128, false, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(float, 256, false, 16, 16, 4, 1, 1, 16, 16, 4, 1, 1),
-    VARIANT(float, 64, true, 32, 32, 4, 1, 1, 32, 32, 4, 1, 1),
-    VARIANT(float, 128, true, 16, 16, 4, 1, 1, 16, 16, 4, 1, 1),
-    VARIANT(float, 256, true, 16, 16, 4, 1, 1, 16, 16, 4, 1, 1),
+    // type, head (the larger of head_dim and value_dim), through both, gradients of keys, gradients of queries
+    PFM_LINE(bf16, 64, false, (64, 64, 4, 2, 2), (64, 64, 4, 2, 2)),
+    PFM_LINE(bf16, 64, true, (64, 32, 8, 2, 2), (64, 32, 8, 2, 2)),
+#if !defined(PYFLOWMAP_MINIMAL)
+    PFM_LINE(bf16, 96, false, (64, 32, 4, 2, 2), (64, 32, 4, 2, 3)),
+    PFM_LINE(bf16, 96, true, (32, 32, 4, 2, 2), (32, 32, 4, 2, 3)),
+#endif
+    PFM_LINE(bf16, 128, false, (64, 32, 4, 2, 2), (64, 32, 4, 2, 3)),
+    PFM_LINE(bf16, 128, true, (32, 32, 4, 1, 2), (32, 32, 4, 1, 3)),
+#if !defined(PYFLOWMAP_MINIMAL)
+    PFM_LINE(bf16, 256, false, (32, 32, 4, 1, 2), (32, 32, 4, 1, 3)),
+    PFM_LINE(bf16, 256, true, (16, 16, 4, 1, 2), (16, 16, 4, 1, 2)),
+    PFM_LINE(f16, 64, false, (64, 64, 4, 2, 2), (64, 64, 4, 2, 2)),
+    PFM_LINE(f16, 64, true, (64, 32, 8, 2, 2), (64, 32, 8, 2, 2)),
+    PFM_LINE(f16, 128, false, (64, 32, 4, 2, 2), (64, 32, 4, 2, 3)),
+    PFM_LINE(f16, 128, true, (32, 32, 4, 1, 2), (32, 32, 4, 1, 3)),
+    PFM_LINE(f16, 256, false, (32, 32, 4, 1, 2), (32, 32, 4, 1, 3)),
+    PFM_LINE(f16, 256, true, (16, 16, 4, 1, 2), (16, 16, 4, 1, 2)),
+#endif
+    PFM_LINE(float, 64, false, (32, 32, 4, 1, 3), (32, 32, 4, 1, 3)),
+    PFM_LINE(float, 64, true, (32, 32, 4, 1, 2), (32, 32, 4, 1, 2)),
+    PFM_LINE(float, 128, false, (32, 32, 4, 1, 2), (32, 32, 4, 1, 2)),
+    PFM_LINE(float, 128, true, (16, 16, 4, 1, 2), (16, 16, 4, 1, 2)),
+#if !defined(PYFLOWMAP_MINIMAL)
+    PFM_LINE(float, 256, false, (16, 16, 4, 1, 2), (16, 16, 4, 1, 2)),
+    PFM_LINE(float, 256, true, (16, 16, 4, 1, 1), (16, 16, 4, 1, 1)),
+#endif
 };
+
+#undef PFM_LINE
+#undef PFM_UNPACK
 
 // ---- launcher -------------------------------------------------------------------------------------------------------
 
@@ -100,9 +117,9 @@ size_t attention_backward_workspace_bytes(const AttentionBackward& p) {
 
 Status attention_backward_cuda(const AttentionBackward& p, int device, void* stream_pointer) {
   using namespace attention_device;
-  constexpr int64_t kMost = int64_t{1} << 30;  // tokens are counted in int, blocks in unsigned
+  constexpr int64_t kMost = int64_t{1} << 30;  // tokens are counted in int, blocks (of four rows or more) in unsigned
   if (p.dtype == DType::f64) return {1, "attention: float64 is computed on the CPU only"};
-  if (p.queries > kMost || p.keys > kMost || p.batch * p.heads * (p.queries / 16 + p.keys / 16 + 2) > kMost) {
+  if (p.queries > kMost || p.keys > kMost || p.batch * p.heads * (p.queries + p.keys) > 4 * kMost) {
     return {1, "attention: more tokens than a grid has blocks"};
   }
   const bool both = static_cast<bool>(p.gdo);

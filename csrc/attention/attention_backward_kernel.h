@@ -272,6 +272,12 @@ __global__ void __launch_bounds__(K::kThreads, kResident)
     const Place at = {sample, head, score_row, score_column, first, step * K::kWalked, end};
     if (score_column < K::kKeyColumns) { score<K, false>(weights, query_tiles<K>(owned, kTile), k, p, has, at, lane); }
     __syncthreads();
+    if (p.causal && at.key + K::kWalked > first + 1) {
+      T* const keys = walked + step % K::kStages * K::kKinds * kOther;
+      clear_what_is_not_finite<T, kOther, K::kThreads>(keys);
+      if (K::kBoth && has.dk) clear_what_is_not_finite<T, kOther, K::kThreads>(keys + 2 * kOther);
+      __syncthreads();
+    }
     accumulate<T, K::D, K::kWalked, K::kKeyColumns, false, K::kBoth>(
         gq, gdq, weights, weights + (K::kBoth ? K::kWeightTile : 0), k.k, k.dk, has.dk, p.gdq.data != nullptr, sum_row,
         sum_column, p.head_dim);

@@ -73,6 +73,9 @@ PFM_DEVICE void weigh(float (&s)[N][4], float (&ds)[kBoth ? N : 1][4], float (&x
     UNROLL
     for (int e = 0; e < 4; ++e) s[n][e] *= scale2;
   }
+  if (p.mask.data) {
+    apply_mask(s, p.mask, at.sample, at.head, query, key, static_cast<int>(p.queries), static_cast<int>(p.keys));
+  }
   const int last = at.key + at.column0 + 8 * N - 1;
   if (last >= at.end || (p.causal && last > at.query + at.row0)) {
     int end[2] = {at.end, at.end};
@@ -81,9 +84,6 @@ PFM_DEVICE void weigh(float (&s)[N][4], float (&ds)[kBoth ? N : 1][4], float (&x
       if (p.causal) end[half] = min(at.end, query + 8 * half + 1);
     }
     hide_from(s, key, end);
-  }
-  if (p.mask.data) {
-    apply_mask(s, p.mask, at.sample, at.head, query, key, static_cast<int>(p.queries), static_cast<int>(p.keys));
   }
   UNROLL
   for (int n = 0; n < N; ++n) {
@@ -165,6 +165,15 @@ PFM_DEVICE void multiply(float (&s)[N][4], float (&ds)[kBoth ? N : 1][4], float 
   }
 }
 
+// Zeros in place of what is not finite. Under a causal mask some queries of a tile do not see some of its keys, and
+// weight 0 times NaN would be NaN; for those that see them the score is NaN already, and so is the weight.
+template <class T, int kElements, int kThreads> PFM_DEVICE void clear_what_is_not_finite(T* tile) {
+  NO_UNROLL
+  for (int at = static_cast<int>(threadIdx.x); at < kElements; at += kThreads) {
+    if (!finite(tile[at])) clear_number(tile + at);
+  }
+}
+
 // ---- the sums over weights ------------------------------------------------------------------------------------------
 
 // 16 rows and 8 N columns of a gradient and its tangent's, over kTerms terms:
@@ -175,7 +184,7 @@ PFM_DEVICE void accumulate(float (&first)[N][4], float (&second)[kBoth ? N : 1][
                            const T* dx, bool has_dx, bool wants_second, int row0, int column0, int columns) {
   static_assert(N % 2 == 0, "columns come 16 at a time");
   using M = Product<T>;
-  UNROLL
+  NO_UNROLL
   for (int term = 0; term < kTerms; term += 16) {
     typename M::A a, b;
     if constexpr (kTransposed) {

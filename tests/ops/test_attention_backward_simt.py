@@ -274,7 +274,7 @@ def test_small(dtype, both):
 
 
 @MODES
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (65, 65), (130, 130), (1, 130), (130, 3)])
 def test_sizes(queries, keys, dtype, both):
     check(Case(dtype=dtype, both=both, queries=queries, keys=keys, d=64))
@@ -300,9 +300,9 @@ def test_float32_is_as_exact_as_torch(d):
 
 @MODES
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 8, 33, 64, 72, 96, 97, 128, 129, 256])
+@pytest.mark.parametrize("d", [1, 33, 64, 72, 97, 128, 129, 256])
 def test_buckets(d, dtype, both):
-    check(Case(dtype=dtype, both=both, queries=34, keys=37, d=d))
+    check(Case(dtype=dtype, both=both, queries=18, keys=37, d=d))
 
 
 @MODES
@@ -336,6 +336,23 @@ def test_lengths(both):
         for b, n in enumerate(case.lengths):
             if name in ("k", "v", "dk", "dv"):
                 assert (result[b, :, max(n, 0) :] == 0).all(), f"hidden keys of {name} take no gradient"
+
+
+@MODES
+@pytest.mark.parametrize("name", ["k", "v", "dk", "dv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_queries_do_not_look_at_later_keys(name, dtype, both):
+    """A NaN in a key is in the gradients of the queries that see it, and in no other's."""
+    case = Case(dtype=dtype, both=both, causal=True, queries=50, keys=50, d=16)
+    x, mask = draw(case)
+    exact, saved = expected(case, x, mask)
+    bounds = allowed(case, x, mask, exact)
+    x[name][0, 0, 21, 3] = math.nan
+    computed = run(case, x, mask, saved)
+    for query in ("q", "dq") if both else ("q",):
+        assert_within(computed[query][:, :, :21], exact[query][:, :, :21], bounds[query][:, :, :21], query)
+    if both or name in ("k", "v"):
+        assert computed["q"][:, :, 21:].isnan().all()
 
 
 @MODES
@@ -387,13 +404,12 @@ def test_layouts(tokens_first, offset, d, dtype, both):
         assert torch.equal(result, strided[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cotangents", [("go", "gdo"), ("gdo",)])
 @pytest.mark.parametrize(
     "given", [g for n in range(4) for g in itertools.combinations(("dq", "dk", "dv"), n)], ids=lambda g: "+".join(g)
 )
-def test_tangents_that_are_not_given_are_zero(given, cotangents, dtype):
-    check(Case(dtype=dtype, given=given, cotangents=cotangents, queries=18, keys=34, d=16))
+def test_tangents_that_are_not_given_are_zero(given, cotangents):
+    check(Case(given=given, cotangents=cotangents, queries=18, keys=34, d=16))
 
 
 def test_no_cotangent_of_the_value_is_zero():
@@ -409,11 +425,10 @@ def test_no_cotangent_of_the_value_is_zero():
 
 
 @MODES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", [(n,) for n in NAMES] + [("q", "dv"), ("k", "dk", "v"), ("dq", "v")])
-def test_gradients_not_asked_for(asked, dtype, both):
+def test_gradients_not_asked_for(asked, both):
     """What is asked for has the same bits, whatever else is."""
-    case = Case(dtype=dtype, both=both, queries=20, keys=35, d=16)
+    case = Case(dtype=torch.bfloat16, both=both, queries=20, keys=35, d=16)
     x, mask = draw(case)
     _, saved = expected(case, x, mask)
     whole = run(case, x, mask, saved)
