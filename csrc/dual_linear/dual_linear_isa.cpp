@@ -73,13 +73,13 @@ PFM_INLINE void products(const T* w, int64_t w_stride, const T* const* x, int64_
     for (int b = 0; b < kCount; ++b) {
       const Lanes row = loaded(w + b * w_stride + i);
       for (int v = 0; v < kVectors; ++v) {
-        for (int j = 0; j < kParts; ++j)
-          sum[b][v].part[j] = multiply_add(row.part[j], a[v].part[j], sum[b][v].part[j]);
+        for (int j = 0; j < kParts; ++j) sum[b][v].part[j] = multiply_add(row.part[j], a[v].part[j], sum[b][v].part[j]);
       }
     }
   };
   const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) step([](const T* p) __attribute__((always_inline)) { return load(p); }, i);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    step([](const T* p) __attribute__((always_inline)) { return load(p); }, i);
   if (whole < n) {
     step([&](const T* p) __attribute__((always_inline)) { return load_some(p, n - whole); }, whole);
   }

@@ -94,10 +94,19 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
 def _simple(rule: Rule, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """The commonest call, a function of one Dual, with fewer questions; None where it is not that."""
     x, *rest = args
-    if type(x) not in DUALS or rule.kind is not _TANGENT or x.tangent is None or not _LEAVES.issuperset(map(type, rest)):
+    if (
+        type(x) not in DUALS
+        or rule.kind is not _TANGENT
+        or x.tangent is None
+        or not _LEAVES.issuperset(map(type, rest))
+    ):
         return None
     if kwargs:
-        if not _OPTIONS.issuperset(map(type, kwargs.values())) or kwargs.get("inplace") or not _RENAMED.isdisjoint(kwargs):
+        if (
+            not _OPTIONS.issuperset(map(type, kwargs.values()))
+            or kwargs.get("inplace")
+            or not _RENAMED.isdisjoint(kwargs)
+        ):
             return None
     else:
         kwargs = {}
