@@ -26,7 +26,7 @@ template <class T> __device__ __forceinline__ T* row_of(const LinearRows& x, con
 
 // blockIdx.y: which kVectors of the vectors, the rows of x and then those of dx. What is beyond adds up nothing.
 template <class T, int kVectors, int kWidth>
-__global__ void __launch_bounds__(kWarp * kWarps) dual_linear_kernel(DualLinearParams p) {
+__global__ void __launch_bounds__(kWarp* kWarps) dual_linear_kernel(DualLinearParams p) {
   using Wide = Pack<T, kWidth>;
   const int lane = threadIdx.x % kWarp, rows = static_cast<int>(p.rows);
   const int first = blockIdx.y * kVectors, vectors = (p.dx.data ? 2 * rows : rows) - first;

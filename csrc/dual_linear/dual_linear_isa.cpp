@@ -5,6 +5,10 @@
 // found in the first cache by the vectors after the first. Each sum has 16 lanes, whatever a register holds.
 #include "dual_linear/dual_linear_isa.h"
 
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
 #ifndef PYFLOWMAP_ISA
 #define PYFLOWMAP_ISA base
 #endif
@@ -26,6 +30,17 @@ constexpr int kWidth = 4, kAtOnce = 1;
 constexpr int kParts = kLanes / kWidth;
 typedef float Register __attribute__((vector_size(kWidth * 4)));
 typedef float Four __attribute__((vector_size(16)));
+
+// a * b + c. Named, because the compiler undoes fused ones in a short loop, and then v3 and v4 would differ.
+PFM_INLINE Register multiply_add(Register a, Register b, Register c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 struct Lanes { Register part[kParts]; };
 
@@ -58,12 +73,13 @@ PFM_INLINE void products(const T* w, int64_t w_stride, const T* const* x, int64_
     for (int b = 0; b < kCount; ++b) {
       const Lanes row = loaded(w + b * w_stride + i);
       for (int v = 0; v < kVectors; ++v) {
-        for (int j = 0; j < kParts; ++j) sum[b][v].part[j] += row.part[j] * a[v].part[j];
+        for (int j = 0; j < kParts; ++j) sum[b][v].part[j] = multiply_add(row.part[j], a[v].part[j], sum[b][v].part[j]);
       }
     }
   };
   const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) step([](const T* p) __attribute__((always_inline)) { return load(p); }, i);
+  for (int64_t i = 0; i < whole; i += kLanes)
+    step([](const T* p) __attribute__((always_inline)) { return load(p); }, i);
   if (whole < n) {
     step([&](const T* p) __attribute__((always_inline)) { return load_some(p, n - whole); }, whole);
   }

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import inplace
 from .differences import difference
 from .parts import DUALS, any_tangent, check_fresh, first_dual, is_dual, tangent, tangents, unpack
-from .registry import RULES, Kind, MissingRule, Rule, find, name_of
+from .registry import Kind, MissingRule, Rule, find, name_of
 
 __all__ = ["call"]
 
@@ -23,9 +23,8 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
 
     Raises MissingRule for a torch function without a rule.
     """
-    # A compiler would trace both ways, and gains from neither; it also must not look into RULES (see `find`).
-    if args and not torch.compiler.is_compiling():
-        rule = RULES.get(function)
+    if args and not torch.compiler.is_compiling():  # which would trace both ways and gain from neither
+        rule = find(function)
         if rule is not None:
             result = _simple(rule, function, args, kwargs)
             if result is not None:
@@ -95,10 +94,19 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
 def _simple(rule: Rule, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """The commonest call, a function of one Dual, with fewer questions; None where it is not that."""
     x, *rest = args
-    if type(x) not in DUALS or rule.kind is not _TANGENT or x.tangent is None or not _LEAVES.issuperset(map(type, rest)):
+    if (
+        type(x) not in DUALS
+        or rule.kind is not _TANGENT
+        or x.tangent is None
+        or not _LEAVES.issuperset(map(type, rest))
+    ):
         return None
     if kwargs:
-        if not _OPTIONS.issuperset(map(type, kwargs.values())) or kwargs.get("inplace") or not _RENAMED.isdisjoint(kwargs):
+        if (
+            not _OPTIONS.issuperset(map(type, kwargs.values()))
+            or kwargs.get("inplace")
+            or not _RENAMED.isdisjoint(kwargs)
+        ):
             return None
     else:
         kwargs = {}
