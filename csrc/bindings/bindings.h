@@ -27,4 +27,12 @@ PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t 
 // (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
 PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors) -> bool; the tensors by position: module.cpp. Contract: gated_residual/gated_residual.h.
+PyObject* gated_residual(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (tensors, kind, eps) -> bool. Contract: norm_modulate/norm_modulate.h.
+PyObject* norm_modulate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

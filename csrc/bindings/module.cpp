@@ -31,6 +31,14 @@ PyMethodDef kernels[] = {
     {FASTCALL(activation), "activation((y, a, b, da, db, dy), kind) -> bool"},
     {FASTCALL(activation_backward), "activation_backward((a, b, da, db, gy, gdy, ga, gb, gda, gdb), kind) -> bool"},
     {FASTCALL(activate), "activate(x, dx, kind) -> y | (y, dy) | None: the direct road"},
+    {FASTCALL(gated_residual), "gated_residual((x, gate, h, dx, dgate, dh, y, dy)) -> bool"},
+    {FASTCALL(gated_residual_backward),
+     "gated_residual_backward((h, gate, dgate, dh, gy, gdy, gh, ggate, gdh, gdgate)) -> bool"},
+    {FASTCALL(norm_modulate),
+     "norm_modulate((x, scale, shift, dx, dscale, dshift, y, dy), kind, eps) -> bool: kind 0 is layer, 1 rms"},
+    {FASTCALL(norm_modulate_backward),
+     "norm_modulate_backward((x, scale, dx, dscale, gy, gdy, gx, gscale, gshift, gdx, gdscale, gdshift), kind, eps) "
+     "-> bool"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };

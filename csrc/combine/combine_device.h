@@ -1,12 +1,17 @@
 // combine_device.h - what the launcher of combine.cu hands to its kernels, and the small steps that kernels share:
-// forming coefficients, reading and writing a vector of elements, drawing noise, looking up the mask.
+// forming coefficients, drawing noise, looking up the mask.
 #pragma once
 #include "combine/combine.h"
 #include "common/launch.h"
 #include "common/philox.h"
+#include "common/row_device.h"
 
 namespace pyflowmap {
 namespace combine_device {
+
+using row_device::read;
+using row_device::widen;
+using row_device::write;
 
 constexpr int kWarpsPerBlock = 4;  // small blocks: registers are handed out in smaller pieces
 constexpr int kThreads = 32 * kWarpsPerBlock;
@@ -65,121 +70,6 @@ static __device__ __forceinline__ float coefficient(const Factors& f, int i, int
   const double factor = f.is_double[i] ? static_cast<const double*>(vector)[at]
                                        : static_cast<double>(static_cast<const float*>(vector)[at]);
   return static_cast<float>(mul_rn(scalar, factor));
-}
-
-// ---- vectors of elements --------------------------------------------------------------------------------------------
-// Width elements of one operand are at most 16 bytes: 4 of any type (Width 4), or 8 of a 16-bit type (Width 8); 2 where
-// sums take most of the registers (Width 2).
-// Reading leaves the bits as they are, so that all loads are in flight before the first conversion waits for one.
-
-template <int Words> static __device__ __forceinline__ void read_words(uint32_t (&bits)[4], const void* from) {
-  if constexpr (Words == 4) {
-    const uint4 v = *static_cast<const uint4*>(from);
-    bits[0] = v.x;
-    bits[1] = v.y;
-    bits[2] = v.z;
-    bits[3] = v.w;
-  } else if constexpr (Words == 2) {
-    const uint2 v = *static_cast<const uint2*>(from);
-    bits[0] = v.x;
-    bits[1] = v.y;
-  } else {
-    bits[0] = *static_cast<const uint32_t*>(from);
-  }
-}
-
-// By intrinsic: the compiler splits a plain vector store, to share its parts with the scalar path beside it.
-template <int Words> static __device__ __forceinline__ void write_words(void* to, const uint32_t (&bits)[Words]) {
-  if constexpr (Words == 4) __stwb(static_cast<uint4*>(to), make_uint4(bits[0], bits[1], bits[2], bits[3]));
-  else if constexpr (Words == 2) __stwb(static_cast<uint2*>(to), make_uint2(bits[0], bits[1]));
-  else *static_cast<uint32_t*>(to) = bits[0];
-}
-
-// `valid` elements (at least one) are inside the row.
-template <int Width>
-static __device__ __forceinline__ void read(uint32_t (&bits)[4], const DeviceOperand& x, int64_t at, int valid) {
-  if (Width <= 4 && x.dtype == DType::f32) {
-    constexpr int kWords = Width <= 4 ? Width : 4;
-    const auto* from = static_cast<const uint32_t*>(x.data) + at;
-    if (x.aligned && valid >= Width) {
-      read_words<kWords>(bits, from);
-      return;
-    }
-    UNROLL
-    for (int i = 0; i < kWords; ++i) bits[i] = i < valid ? from[i] : 0u;
-    return;
-  }
-  const auto* from = static_cast<const uint16_t*>(x.data) + at;
-  if (x.aligned && valid >= Width) {
-    read_words<Width / 2>(bits, from);
-    return;
-  }
-  UNROLL
-  for (int i = 0; i < Width / 2; ++i) {
-    const uint32_t low = 2 * i < valid ? from[2 * i] : 0u, high = 2 * i + 1 < valid ? from[2 * i + 1] : 0u;
-    bits[i] = low | high << 16;
-  }
-}
-
-template <class T> static __device__ __forceinline__ float half_of(uint32_t pair, int which) {
-  return to_float(T{static_cast<uint16_t>(which ? pair >> 16 : pair & 0xffffu)});
-}
-
-template <int Width>
-static __device__ __forceinline__ void widen(float (&to)[Width], const uint32_t (&bits)[4], DType dtype) {
-  if (Width <= 4 && dtype == DType::f32) {
-    UNROLL
-    for (int i = 0; i < Width; ++i) to[i] = float_of(bits[i % 4]);
-  } else if (dtype == DType::bf16) {
-    UNROLL
-    for (int i = 0; i < Width; ++i) to[i] = half_of<bf16>(bits[i / 2], i % 2);
-  } else {
-    UNROLL
-    for (int i = 0; i < Width; ++i) to[i] = half_of<f16>(bits[i / 2], i % 2);
-  }
-}
-
-template <class T> static __device__ __forceinline__ uint32_t pair_of(float low, float high) {
-  T a, b;
-  store(&a, low);
-  store(&b, high);
-  return static_cast<uint32_t>(a.bits) | static_cast<uint32_t>(b.bits) << 16;
-}
-
-template <int Width>
-static __device__ __forceinline__ void write(const DeviceOperand& y, int64_t at, const float (&from)[Width],
-                                             int valid) {
-  if (Width <= 4 && y.dtype == DType::f32) {
-    auto* to = static_cast<float*>(y.data) + at;
-    if (y.aligned && valid >= Width) {
-      constexpr int kWords = Width <= 4 ? Width : 4;
-      uint32_t bits[kWords];
-      UNROLL
-      for (int i = 0; i < kWords; ++i) bits[i] = bits_of(from[i]);
-      write_words<kWords>(to, bits);
-      return;
-    }
-    UNROLL
-    for (int i = 0; i < Width; ++i) {
-      if (i < valid) to[i] = from[i];
-    }
-    return;
-  }
-  uint32_t bits[Width / 2];
-  UNROLL
-  for (int i = 0; i < Width / 2; ++i) {
-    bits[i] = y.dtype == DType::bf16 ? pair_of<bf16>(from[2 * i], from[2 * i + 1])
-                                     : pair_of<f16>(from[2 * i], from[2 * i + 1]);
-  }
-  auto* to = static_cast<uint16_t*>(y.data) + at;
-  if (y.aligned && valid >= Width) {
-    write_words<Width / 2>(to, bits);
-    return;
-  }
-  UNROLL
-  for (int i = 0; i < Width; ++i) {
-    if (i < valid) to[i] = static_cast<uint16_t>(bits[i / 2] >> (16 * (i % 2)));
-  }
 }
 
 // ---- noise and mask -------------------------------------------------------------------------------------------------
