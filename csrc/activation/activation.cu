@@ -25,12 +25,6 @@ constexpr Variant kVariants[] = {
 
 constexpr int64_t kBlocksPerMultiprocessor = 64;  // several rounds of resident blocks even out the last one
 
-bool lies_on(const Rows& x, const RowShape& shape, int64_t bytes) {
-  bool fine = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(bytes) == 0;
-  for (int d = 0; d < 3; ++d) fine = fine && (shape.outer[d] <= 1 || x.stride[d] * size_of(x.dtype) % bytes == 0);
-  return fine;
-}
-
 }  // namespace
 }  // namespace activation_device
 
@@ -51,20 +45,12 @@ Status activation_cuda(const Activation& p, int device, void* stream_pointer) {
     const Rows* gradients[kOutputs] = {&p.ga, &p.gb, &p.gda, &p.gdb};
     for (int s = 0; s < kOutputs; ++s) out[s] = gradients[s];
   }
+  const Rows* const all[] = {in[0], in[1], in[2], in[3], in[4], in[5], out[0], out[1], out[2], out[3]};
+  const int width = width_for(all, shape);
   Arguments arguments = {};
-  int width = 8;
-  const auto set = [&](DeviceRows* to, const Rows& from) {
-    if (!from) return;
-    *to = {from.data, {from.stride[0], from.stride[1], from.stride[2]}, from.dtype, false};
-    if (size_of(from.dtype) != 2 || !lies_on(from, shape, 16)) width = 4;
-  };
-  for (int s = 0; s < kInputs; ++s) set(&arguments.in[s], *in[s]);
-  for (int s = 0; s < kOutputs; ++s) set(&arguments.out[s], *out[s]);
-  for (int s = 0; s < kInputs; ++s) arguments.in[s].aligned = lies_on(*in[s], shape, width * size_of(in[s]->dtype));
-  for (int s = 0; s < kOutputs; ++s) arguments.out[s].aligned = lies_on(*out[s], shape, width * size_of(out[s]->dtype));
-  arguments.outer1 = shape.outer[1];
-  arguments.outer2 = shape.outer[2];
-  arguments.columns = shape.columns;
+  for (int s = 0; s < kInputs; ++s) arguments.in[s] = device_rows(*in[s], shape, width);
+  for (int s = 0; s < kOutputs; ++s) arguments.out[s] = device_rows(*out[s], shape, width);
+  arguments.shape = shape;
   arguments.units_per_row = (shape.columns + kColumnsPerUnit - 1) / kColumnsPerUnit;
   arguments.units = rows * arguments.units_per_row;
   arguments.kind = p.kind;

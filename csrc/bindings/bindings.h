@@ -20,6 +20,14 @@ PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+
+// (tensors, kind) -> bool; the tensors by position: activation.cpp. Contract: activation/activation.h.
+PyObject* activation(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
+PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 // (tensors) -> bool; the tensors by position: module.cpp. Contract: gated_residual/gated_residual.h.
 PyObject* gated_residual(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
@@ -37,5 +45,6 @@ PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t 
 
 // (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
 PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 
 }  // namespace pyflowmap

@@ -29,6 +29,10 @@ PyMethodDef kernels[] = {
      "attention_backward((q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu, go, gdo, gq, gk, gv, gdq, gdk, gdv), "
      "scale, causal) -> bool"},
     {FASTCALL(gated_residual), "gated_residual(tensors) -> bool: (x, gate, h, dx, dgate, dh, y, dy)"},
+    {FASTCALL(activation), "activation((y, a, b, da, db, dy), kind) -> bool"},
+    {FASTCALL(activation_backward), "activation_backward((a, b, da, db, gy, gdy, ga, gb, gda, gdb), kind) -> bool"},
+    {FASTCALL(activate), "activate(x, dx, kind) -> y | (y, dy) | None: the direct road"},
+    {FASTCALL(gated_residual), "gated_residual((x, gate, h, dx, dgate, dh, y, dy)) -> bool"},
     {FASTCALL(gated_residual_backward),
      "gated_residual_backward(tensors) -> bool: (h, gate, dgate, dh, gy, gdy, gh, ggate, gdh, gdgate)"},
     {FASTCALL(norm_modulate),

@@ -52,3 +52,8 @@ def _activation(x, kind):
 @rule(gated_unit, kind=Kind.JOINT)
 def _gated_unit(a, b, kind):
     return _pair(gated_unit_dual, (a, b), kind)
+
+
+@rule(norm_modulate, kind=Kind.JOINT)
+def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
+    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
