@@ -22,6 +22,8 @@ TITLES = {
     "noise": "Normal numbers",
     "loss": "Losses with their gradient",
     "jvp": "Jacobian-vector products",
+    "attention": "Attention",
+    "layers": "Layers around attention",
     "storage": "Other storage, other outputs",
 }
 

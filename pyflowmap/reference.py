@@ -106,6 +106,38 @@ def combine(
     )
 
 
+def attention(
+    q: Tensor,  # (B, H, S, D)
+    k: Tensor,  # (B, H_kv, T, D)
+    v: Tensor,  # (B, H_kv, T, E)
+    mask: Tensor | None = None,  # broadcasts against (B, H, S, T); bool: True is seen; else added
+    lengths: Tensor | None = None,  # (B,): keys from there on are hidden
+    scale: float | None = None,
+    causal: bool = False,
+) -> Tensor:  # (B, H, S, E)
+    """softmax(scale q k' + mask) v; a query that sees no key gives zero. The contract is csrc/attention/attention.h.
+
+    Its tangent and its gradients are those of torch (`torch.func.jvp`, autograd).
+    """
+    shared = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+    scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.transpose(-2, -1))
+    hidden = torch.zeros(scores.shape, dtype=torch.bool, device=q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | ~mask
+    elif mask is not None:
+        hidden = hidden | (mask == -math.inf)
+        scores = scores + torch.where(mask == -math.inf, 0, mask).to(scores.dtype)
+    keys = torch.arange(k.shape[2], device=q.device)
+    if lengths is not None:
+        hidden = hidden | (keys >= lengths.view(-1, 1, 1, 1))
+    if causal:
+        hidden = hidden | (keys > torch.arange(q.shape[2], device=q.device)[:, None])
+    blind = hidden.all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(hidden & ~blind, -math.inf), -1)
+    return weights.masked_fill(hidden, 0) @ v
+
+
 def philox(counter: Sequence[Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -149,3 +181,36 @@ def normal(noise: Noise, shape: Sequence[int], device: torch.device | str = "cpu
         turn = 2.0 * math.pi * (b.double() / 2.0**32)
         normals += [radius * turn.cos(), radius * turn.sin()]
     return torch.stack(normals, -1).flatten(1)[:, :elements].reshape(tuple(shape))
+
+
+def attention(
+    q: Tensor,  # (B, H, N, E)
+    k: Tensor,  # (B, K, M, E)
+    v: Tensor,  # (B, K, M, F)
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v with all matrices formed; the contract is in csrc/attention/attention.h."""
+    dtype = q.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    repeats = q.shape[1] // k.shape[1]
+    q, k, v = q.to(wide), k.to(wide).repeat_interleave(repeats, 1), v.to(wide).repeat_interleave(repeats, 1)
+    logits = scale * (q @ k.mT)
+    n, m = logits.shape[-2:]
+    hidden = torch.zeros((), dtype=torch.bool, device=q.device)
+    if mask is not None and mask.dtype == torch.bool:
+        hidden = hidden | mask.logical_not()
+    elif mask is not None:
+        logits = logits + mask.to(wide)
+    if causal:
+        hidden = hidden | torch.ones(n, m, dtype=torch.bool, device=q.device).triu(1)
+    if lengths is not None:
+        hidden = hidden | (torch.arange(m, device=q.device) >= lengths.reshape(-1, 1, 1, 1))
+    logits = torch.where(hidden, -math.inf, logits)
+    largest = logits.amax(-1, keepdim=True).detach() if m else logits.sum(-1, keepdim=True)
+    weights = torch.exp(logits - torch.where(largest == -math.inf, 0.0, largest))
+    total = weights.sum(-1, keepdim=True)
+    return ((weights / torch.where(total == 0.0, 1.0, total)) @ v).to(dtype)

@@ -10,6 +10,7 @@ import pyflowmap as pfm
 
 from .case import Case, Contestant, Target, case
 from .peers import compiled
+from .plain import plain
 
 BATCH, TOKENS, WIDTH, HEADS = 4, 256, 384, 6
 
@@ -31,15 +32,25 @@ def _forward(run, slower: float) -> Contestant:
 def jvp_dit_block() -> Case:
     block, (x, e, dx, de) = _block()
     function = lambda x, e: block(x, e, None, None)  # noqa: E731
+    twin = plain(block)
+    in_torch = lambda x, e: twin(x, e, None, None)  # noqa: E731
 
     @torch.no_grad()
     def ours():
         return pfm.jvp(function, (x, e), (dx, de))
 
     @torch.no_grad()
+    def unmodified():
+        return pfm.jvp(in_torch, (x, e), (dx, de))
+
+    @torch.no_grad()
     def forward_mode():
         with sdpa_kernel(SDPBackend.MATH):
-            return torch.func.jvp(function, (x, e), (dx, de))
+            return torch.func.jvp(in_torch, (x, e), (dx, de))
+
+    @torch.no_grad()
+    def plain_forward():
+        in_torch(x, e)
 
     @torch.no_grad()
     def forward():
@@ -48,8 +59,10 @@ def jvp_dit_block() -> Case:
     return Case(
         [
             Contestant("pfm.jvp", ours),
-            _forward(forward, 2.9),
-            Contestant("torch.func.jvp", forward_mode, note="attention by the math back end, which alone has it"),
+            _forward(forward, 2.3),
+            Contestant("pfm.jvp of the block in plain torch", unmodified),
+            Contestant("torch.func.jvp of the block in plain torch", forward_mode, note="math attention, which alone has it"),
+            Contestant("forward of the block in plain torch", plain_forward, role="limit"),
         ],
         {"x": x.shape, "e": e.shape},
         tolerance=1e-4,
@@ -85,7 +98,7 @@ def jvp_dit_block_compiled() -> Case:
     )
 
 
-def _mlp(grad: bool) -> Case:
+def _mlp(grad: bool, slower: float) -> Case:
     network = nn.Sequential(
         *(layer for _ in range(3) for layer in (nn.Linear(256, 256), nn.SiLU())), nn.Linear(256, 256)
     )
@@ -106,7 +119,7 @@ def _mlp(grad: bool) -> Case:
         network(x)
 
     return Case(
-        [Contestant("pfm.jvp", ours), _forward(forward, 3.3), Contestant("torch.func.jvp", forward_mode)],
+        [Contestant("pfm.jvp", ours), _forward(forward, slower), Contestant("torch.func.jvp", forward_mode)],
         {"x": x.shape},
         threads=1,
         note="Four linear layers of width 256, SiLU between: what the calls cost.",
@@ -115,9 +128,53 @@ def _mlp(grad: bool) -> Case:
 
 @case("jvp", "jvp_mlp", "JVP of a small MLP, batch 1, no grad")
 def jvp_mlp() -> Case:
-    return _mlp(False)
+    return _mlp(False, 2.3)
 
 
 @case("jvp", "jvp_mlp_grad", "JVP of a small MLP, batch 1, value recorded for backward")
 def jvp_mlp_grad() -> Case:
-    return _mlp(True)
+    return _mlp(True, 3.3)
+
+
+@case("jvp", "mean_flow_step", "MeanFlow training step of a DiT, two blocks of width 384")
+def mean_flow_step() -> Case:
+    config = pfm.nn.DiTConfig(image=(4, 32, 32), patch=2, depth=2, width=WIDTH, heads=HEADS, labels=10)
+    network = pfm.nn.DiT(config)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    x1, label = torch.randn(BATCH, *config.image), torch.arange(BATCH)
+    s, t = pfm.times.uniform_pair(x1, seed=0)
+    x, v = pfm.interpolants.Linear().draw(x1, s, seed=1)
+    span = (t - s).reshape(-1, 1, 1, 1)
+    ones, zeros = torch.ones_like(s), torch.zeros_like(t)
+
+    def step(function, jvp, tangents):
+        u, du = jvp(lambda x, s, t: function(x, s, t, label), (x, s, t), tangents)
+        r = u - (v + span * du).detach()
+        loss = r.square().mean()
+        return (loss.detach(), *torch.autograd.grad(loss, parameters, allow_unused=True)[-4:])
+
+    def ours():
+        return step(network, pfm.jvp, (v, 1.0, None))
+
+    in_torch = plain(network)
+
+    def forward_mode():
+        with sdpa_kernel(SDPBackend.MATH):
+            return step(in_torch, torch.func.jvp, (v, ones, zeros))
+
+    def matching():
+        r = in_torch(x, s, t, label) - v
+        torch.autograd.grad(r.square().mean(), parameters, allow_unused=True)
+
+    return Case(
+        [
+            Contestant("pfm.jvp", ours),
+            Contestant("torch.func.jvp, math attention", forward_mode, Target(faster=1.6)),
+            Contestant("a flow-matching step (no JVP) of the network in plain torch", matching, role="limit"),
+        ],
+        {"x": x.shape},
+        tolerance=1e-3,
+        note="Value, tangent, loss, gradients of all parameters; no optimiser.",
+    )

@@ -1,4 +1,4 @@
-"""`attention`: softmax attention of a Tensor or a Dual."""
+"""`attention`: softmax attention of Tensors or Duals, with a tangent and gradients that never form the matrix."""
 
 from __future__ import annotations
 
@@ -7,43 +7,78 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import handle_torch_function, has_torch_function
 
+from pyflowmap import reference
+
+from .fused import Fused, check
 from .modulation import check_floating
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_dual"]
+
+WIDEST = 256  # channels per head of the CUDA kernels
 
 
 def attention(
-    q: Any,  # (B, H, N, E) Tensor or Dual
+    q: Any,  # (B, H, N, E) Tensor or Dual, any strides
     k: Any,  # (B, K, M, E), H a multiple of K: heads share keys and values (GQA)
     v: Any,  # (B, K, M, F)
     *,
+    mask: Tensor | None = None,  # broadcastable to (B, H, N, M): True is seen; or numbers, added to the logits
+    lengths: Tensor | None = None,  # (B,) integers: sample b has keys j < lengths[b]
     scale: float | None = None,
     causal: bool = False,
 ) -> Any:
-    """o = softmax(scale q k^T) v, shape (B, H, N, F); scale defaults to 1 / sqrt(E).
+    """o = softmax(scale q k^T + mask) v, shape (B, H, N, F); scale defaults to 1 / sqrt(E).
 
     causal    query i sees keys j <= i
 
-    Of Duals, value and tangent, with P = softmax(scale q k^T) and dS = scale (dq k^T + q dk^T):
+    A query that sees nothing gives 0. Of Duals, value and tangent in one pass: with P = softmax(S), dS = scale (dq k^T +
+    q dk^T),
 
         do = P dv + (P * dS) v - rowsum(P * dS) * o
 
-    Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023. Under torch.func.jvp the matrices are formed,
-    because torch has no forward derivative of its fused attention.
+    Memory is O(N): the matrices are formed a block at a time, in backward, too, through the value and through the tangent.
+    Right under torch.func.jvp and vmap, autograd and torch.compile. Vaswani et al. 2017, eq. 1; grouped heads: Ainslie
+    et al. 2023; the tangent: Lu & Song 2024, app. F.
 
-    Raises ValueError where shapes do not fit, TypeError for integers.
+    Raises ValueError where shapes do not fit, TypeError for integers and mixed dtypes, NotImplementedError for a mask
+    that requires a gradient.
 
     >>> q = torch.zeros(1, 1, 1, 4)
     >>> attention(q, torch.zeros(1, 1, 2, 4), torch.tensor([[[[1.0], [3.0]]]]))
     tensor([[[[2.]]]])
     """
+    if has_torch_function((q, k, v, mask)):
+        return handle_torch_function(
+            attention, (q, k, v, mask), q, k, v, mask=mask, lengths=lengths, scale=scale, causal=causal
+        )
+    return _fused(*_call(q, k, v, mask, lengths, scale, causal))
+
+
+def attention_dual(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tangents: tuple[Any, ...],  # dq, dk, dv; None is zero
+    tracked: bool,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(o, do)."""
+    options, operands = _call(q, k, v, mask, lengths, scale, causal)
+    dtype = operands[0].dtype
+    return _fused(options, operands, tuple(None if dx is None else dx.to(dtype) for dx in tangents), tracked)
+
+
+def _call(q: Any, k: Any, v: Any, mask: Any, lengths: Any, scale: Any, causal: bool) -> tuple[Any, Any]:
     check_floating("attention", q=q, k=k, v=v)
     if any(len(x.shape) != 4 for x in (q, k, v)):
         raise ValueError(f"attention: {_shapes(q, k, v)}; each is (B, heads, tokens, channels)")
-    (b, heads, n, e), (bk, groups, m, ek), (bv, groups_v, mv, _) = q.shape, k.shape, v.shape
+    (b, heads, n, e), (bk, groups, m, ek), (bv, groups_v, mv, f) = q.shape, k.shape, v.shape
     if (b, b, e) != (bk, bv, ek) or (groups, m) != (groups_v, mv) or groups < 1 or heads % groups:
         raise ValueError(
             f"attention: {_shapes(q, k, v)}; q and k share batch and channels, k and v batch, heads and tokens, and "
@@ -51,20 +86,108 @@ def attention(
         )
     if causal and n != m:
         raise ValueError(f"attention: causal with {n} queries and {m} keys; a causal mask needs as many of each")
-    if isinstance(q, Tensor) and forward_ad._current_level >= 0:
-        return _plain(q, k, v, 1.0 / math.sqrt(e) if scale is None else scale, causal)
-    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=heads != groups)
+    device = q.device.type
+    if device != "cpu" and max(e, f) > WIDEST:
+        raise ValueError(f"attention: {_shapes(q, k, v)}; on {device}, heads have at most {WIDEST} channels")
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"attention: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; they must agree, e.g. k.to(q.dtype)")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"attention: q, k, v are on {q.device}, {k.device}, {v.device}; they must agree")
+    scale = 1.0 / math.sqrt(max(e, 1)) if scale is None else float(scale)
+    return (scale, float(causal)), (q, k, v, _mask(q, m, mask), _lengths(q, lengths))
+
+
+def _mask(q: Any, keys: int, mask: Any) -> Any:
+    """The mask with four dimensions."""
+    if mask is None:
+        return None
+    want = (*q.shape[:3], keys)
+    shape = tuple(mask.shape)
+    if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], want[::-1], strict=False)):
+        raise ValueError(f"attention: mask has shape {shape}, which does not broadcast to {want}")
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise TypeError(f"attention: mask is {mask.dtype}; it is bool (True is seen) or floating point, added to logits")
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"attention: mask {shape} requires a gradient, which no kernel computes; pass mask.detach(), or write the "
+            "attention with softmax and matmul"
+        )
+    if mask.device != q.device:
+        raise ValueError(f"attention: mask is on {mask.device}, q on {q.device}; they must agree")
+    return mask[(None,) * (4 - len(shape))]
+
+
+def _lengths(q: Any, lengths: Any) -> Any:
+    if lengths is None:
+        return None
+    if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or tuple(lengths.shape) != (q.shape[0],):
+        raise ValueError(
+            f"attention: lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it is one integer per sample, "
+            f"({q.shape[0]},)"
+        )
+    return lengths.to(device=q.device, dtype=torch.int64)
 
 
 def _shapes(*operands: Any) -> str:
     return "q, k, v have shapes " + ", ".join(str(tuple(x.shape)) for x in operands)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = scale * (q @ k.transpose(-1, -2))
-    if causal:
-        n = q.shape[-2]
-        hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(hidden, -math.inf)
-    return torch.softmax(logits, -1) @ v
+def _dense(x: Tensor | None) -> Tensor | None:
+    """x, whose heads are rows of adjacent numbers."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _Attention(Fused):
+    """Results: o, (do,) lse, (mu). Contract: csrc/attention/attention.h."""
+
+    name = "attention"
+    operands = ("q", "k", "v")
+    saves_results, sums = True, 1
+
+    def value(self, options, q, k, v, mask, lengths):
+        scale, causal = options
+        return reference.attention(q, k, v, mask=mask, lengths=lengths, scale=scale, causal=bool(causal))
+
+    def empty(self, options, operands, pair):
+        q, _, v, *_ = operands
+        batch, heads, queries, _ = q.shape
+        # (B, N, H, F) in memory, as flash kernels leave it: heads are joined without a copy
+        shape = (batch, queries, heads, v.shape[-1])
+        out = [q.new_empty(shape).transpose(1, 2) for _ in range(1 + pair)]
+        sums = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return out + [q.new_empty((batch, heads, queries), dtype=sums) for _ in range(1 + pair)]
+
+    def forward(self, module, options, operands, tangents, results):
+        q, k, v, mask, lengths = operands
+        if k.numel() == 0 or v.numel() == 0:
+            for x in results:
+                x.zero_()
+            return
+        scale, causal = options
+        o, do, lse, mu = results if tangents else (results[0], None, results[1], None)
+        dq, dk, dv = tangents or (None,) * 3
+        tensors = (*map(_dense, (q, k, v, dq, dk, dv)), mask, lengths, o, do, lse, mu)
+        check(self.name, module.attention_forward(tensors, scale, bool(causal)))
+
+    def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
+        q, k, v, mask, lengths = operands
+        dq, dk, dv = tangents or (None,) * 3
+        inputs = (q, k, v, dq, dk, dv)
+        wanted = (*needs[:3], *(needs[5:] or (False,) * 3))
+        found = [torch.empty_like(x) if need else None for x, need in zip(inputs, wanted, strict=True)]
+        if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+            for x in found:
+                if x is not None:
+                    x.zero_()
+        else:
+            scale, causal = options
+            o, do, lse, mu = results if tangents else (results[0], None, results[1], None)
+            tensors = (*map(_dense, inputs), mask, lengths, o, do, lse, mu, _dense(gy), _dense(gdy), *found)
+            check(self.name, module.attention_backward(tensors, scale, bool(causal)))
+        return [*found[:3], None, None, *(found[3:] if tangents else ())]
+
+
+_fused = _Attention()

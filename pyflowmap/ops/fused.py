@@ -12,7 +12,8 @@ computes (second gradients, vmap) is differentiated from the formula in plain to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ _KERNELS: dict[str, Fused] = {}
 
 Maybe = Tensor | None
 
+_USUALLY_EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # autocast, where nobody asked for it
+
 
 class Fused:
     """One kernel with its torch operators `pyflowmap::<name>` and `pyflowmap::<name>_backward`.
@@ -40,6 +43,7 @@ class Fused:
     name: str
     operands: tuple[str, ...]  # whose tangents and gradients exist; others (masks, angles) come after, as `fixed`
     saves_results = False  # whether backward asks for what forward returned
+    sums = 0  # results after y (and dy) that backward through y asks for; those after them are for dy
 
     def value(self, options: tuple, *operands: Maybe) -> Tensor:
         """f in plain differentiable torch: the specification."""
@@ -181,6 +185,11 @@ class Fused:
 
         return _directional(of_moving, [operands[i] for i in moving], [tangents[i] for i in moving])
 
+    def of_value(self, results: Sequence[Tensor], pair: bool) -> tuple[Tensor, ...]:
+        """What backward through y alone asks for."""
+        first = 2 if pair else 1
+        return (results[0], *results[first : first + self.sums])
+
     def count_of(self, inputs: Sequence[Any], pair: bool) -> int:
         return len(inputs) - (self.count if pair else 0)
 
@@ -217,9 +226,20 @@ def _directional(function: Callable, xs: Sequence[Any], dxs: Sequence[Any]) -> t
     return value, push(tuple(dxs))[0]
 
 
-def _above_autograd() -> Any:
-    """An operator runs below autograd, where nothing can be differentiated; here it can."""
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), torch._C.DispatchKeySet.from_raw_repr(0))
+@contextmanager
+def _above_autograd() -> Iterator[None]:
+    """An operator runs below autograd, where nothing can be differentiated, and under the hooks of a checkpoint, which
+    would take the formula's own tensors for the model's; here it runs above the one and without the other."""
+    hooks = []
+    while (hook := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(hook)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _USUALLY_EXCLUDED):
+            yield
+    finally:
+        for hook in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hook)
 
 
 def _nothing(inputs: Sequence[Maybe]) -> Tensor:
@@ -259,10 +279,10 @@ class _Call(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[2 if tracked and pair else 1 :])
         ctx.set_materialize_grads(False)
         ctx.name, ctx.options, ctx.pair, ctx.tracked = name, tuple(options), pair, tracked and pair
-        ctx.n = n
+        ctx.n, ctx.results = n, len(output)
         kept = output if kernel.saves_results else ()
-        if not ctx.tracked and kernel.saves_results and pair:
-            kept = (output[0], *output[2:])
+        if kept and not ctx.tracked:
+            kept = kernel.of_value(output, pair)
         ctx.save_for_backward(*tensors[:n], *(tensors[n:] if ctx.tracked else ()), *kept)
         ctx.save_for_forward(*tensors)
 
@@ -279,7 +299,7 @@ class _Call(torch.autograd.Function):
         results = saved[ctx.n + len(tangents) :]
         if gdy is None:  # the tangent was recorded, and the loss does not depend on it
             if tangents and results:
-                results = (results[0], *results[2:])
+                results = kernel.of_value(results, True)
             tangents = ()
         needs = ctx.needs_input_grad[4 : 4 + ctx.n + len(tangents)]
         arguments = (ctx.name, ctx.options, tuple(needs), ctx.n, len(tangents), len(results), gy, gdy)
@@ -306,9 +326,8 @@ class _Call(torch.autograd.Function):
             if dx is not None and x is not None and x.is_floating_point():
                 raise NotImplementedError(f"{ctx.name}: its constant operands have no tangent; detach them")
         flat = _opaque(ctx.name, ctx.options, True, True, *operands, *moved)
-        # One tangent per result; the others are constants.
-        extra = len(flat) - 2
-        return (flat[1], *(torch.zeros_like(x) for x in flat[2 : 2 + extra]))
+        # A tangent per result of the call, whose other results are constants.
+        return (flat[1], *(None,) * (ctx.results - 1))
 
     @staticmethod
     def vmap(info, in_dims, name, options, tracked, pair, *tensors):

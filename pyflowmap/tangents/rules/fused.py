@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from pyflowmap.ops.attention import attention, attention_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
 
-from ..parts import primals, tangent
+from ..parts import primal, primals, tangent
 from ..registry import Kind, rule
 
 
@@ -23,3 +24,14 @@ def _pair(function: Any, operands: tuple[Any, ...], *others: Any, **options: Any
 @rule(gated_residual, kind=Kind.JOINT)
 def _gated_residual(x, gate, h):
     return _pair(gated_residual_dual, (x, gate, h))
+
+
+@rule(attention, kind=Kind.JOINT)
+def _attention(q, k, v, *, mask=None, lengths=None, scale=None, causal=False):
+    if tangent(mask) is not None:
+        raise NotImplementedError(
+            "attention: mask has a tangent, for which there is no rule; pass mask.detach(), or write the attention with "
+            "softmax and matmul"
+        )
+    options = {"mask": primal(mask), "lengths": lengths, "scale": scale, "causal": causal}
+    return _pair(attention_dual, (q, k, v), **options)
