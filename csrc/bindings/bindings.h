@@ -20,4 +20,12 @@ PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors) -> bool; the tensors by position: module.cpp. Contract: gated_residual/gated_residual.h.
+PyObject* gated_residual(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (tensors, kind, eps) -> bool. Contract: norm_modulate/norm_modulate.h.
+PyObject* norm_modulate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

@@ -28,6 +28,14 @@ PyMethodDef kernels[] = {
     {FASTCALL(attention_backward),
      "attention_backward((q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu, go, gdo, gq, gk, gv, gdq, gdk, gdv), "
      "scale, causal) -> bool"},
+    {FASTCALL(gated_residual), "gated_residual((x, gate, h, dx, dgate, dh, y, dy)) -> bool"},
+    {FASTCALL(gated_residual_backward),
+     "gated_residual_backward((h, gate, dgate, dh, gy, gdy, gh, ggate, gdh, gdgate)) -> bool"},
+    {FASTCALL(norm_modulate),
+     "norm_modulate((x, scale, shift, dx, dscale, dshift, y, dy), kind, eps) -> bool: kind 0 is layer, 1 rms"},
+    {FASTCALL(norm_modulate_backward),
+     "norm_modulate_backward((x, scale, dx, dscale, gy, gdy, gx, gscale, gshift, gdx, gdscale, gdshift), kind, eps) "
+     "-> bool"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -4,6 +4,9 @@
 #include "common/column_sums.h"
 #include "common/rows.h"
 
+// Of a lambda in a loop: outlined, it would pass its vectors through memory.
+#define PFM_INLINED __attribute__((always_inline))
+
 namespace pyflowmap {
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
@@ -115,7 +118,28 @@ template <class A, int N, class Term> PFM_INLINE void row_sums(int64_t n, A (&to
 
 // ---- sums over rows -------------------------------------------------------------------------------------------------
 
-// Adds up the partials of results; `first` to `last` of the units (result, its row).
+// term(c) for n columns from `column` on into result `which`: into the sums of its chunk, or straight where no other row
+// shares it; `space`: n numbers.
+template <class A, class Term>
+PFM_INLINE void put_or_add(const ColumnSums& sums, int which, const Rows& to, A* partial, bool first_of_chunk,
+                           const RowPlace& at, int64_t column, int64_t n, int64_t columns, A* space, const Term& term) {
+  if (!to) return;
+  if (sums.slot[which] >= 0) {
+    A* __restrict sum = partial + sums.slot[which] * columns + column;
+    if (first_of_chunk) {
+      for (int64_t c = 0; c < n; ++c) sum[c] = term(c);
+    } else {
+      for (int64_t c = 0; c < n; ++c) sum[c] += term(c);
+    }
+    return;
+  }
+  const int64_t start = start_of(to, at) + column;
+  A* __restrict target = target_row(to, start, space);
+  for (int64_t c = 0; c < n; ++c) target[c] = term(c);
+  write_row(to, start, n, target);
+}
+
+// Adds up the partials of a row of result `which`, one per segment of rows that share it.
 template <class A>
 PFM_INLINE void finish_sums(const ColumnSums& sums, const Rows& to, int which, const RowShape& shape, const A* partials,
                             int64_t segment, double* total, A* row) {

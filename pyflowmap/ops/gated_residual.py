@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .fused import Fused, check
-from .modulation import check_floating, fitted, over_tokens
+from .fused import Fused
+from .modulation import check_floating, fitted, launch, of_one_kind, over_tokens
 
 __all__ = ["gated_residual", "gated_residual_dual"]
 
@@ -29,22 +29,24 @@ def gated_residual(
     """
     if has_torch_function((x, gate, h)):
         return handle_torch_function(gated_residual, (x, gate, h), x, gate, h)
-    return fused(*_operands(x, gate, h))
+    _check(x, gate, h)
+    return fused((), of_one_kind((x, gate, h)))
 
 
 def gated_residual_dual(x: Any, gate: Any, h: Any, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
     """(y, dy) of tensors and the tangents (dx, dgate, dh)."""
-    return fused(*_operands(x, gate, h), tangents, tracked)
+    _check(x, gate, h)
+    every = of_one_kind((x, gate, h, *tangents))
+    return fused((), every[:3], every[3:], tracked)
 
 
-def _operands(x: Any, gate: Any, h: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+def _check(x: Any, gate: Any, h: Any) -> None:
     check_floating("gated_residual", x=x, gate=gate, h=h)
     if h.shape != x.shape:
         raise ValueError(
             f"gated_residual: h has shape {tuple(h.shape)} but x has shape {tuple(x.shape)}; they must agree"
         )
     fitted(gate, x, "gate", "gated_residual")
-    return (), (x, gate, h)
 
 
 class _GatedResidual(Fused):
@@ -54,7 +56,7 @@ class _GatedResidual(Fused):
     operands = ("x", "gate", "h")
 
     def value(self, options, x, gate, h):
-        return x + over_tokens(gate, x, "gate", self.name) * h
+        return x + over_tokens(gate, x) * h
 
     def empty(self, options, operands, pair):
         x, gate, h = operands
@@ -62,15 +64,23 @@ class _GatedResidual(Fused):
         return [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(1 + pair)]
 
     def forward(self, module, options, operands, tangents, results):
-        tangents = tangents or (None,) * 3
         dy = results[1] if len(results) > 1 else None
-        check(self.name, module.gated_residual((results[0], *operands, *tangents, dy)))
+        launch(self.name, module.gated_residual, (*operands, *(tangents or (None,) * 3)), (results[0], dy))
 
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         x, gate, h = operands
-        found = [None if not need else torch.empty_like(v) for v, need in zip((*operands, *tangents), needs)]
-        check(self.name, module.gated_residual_backward((x, gate, h, *(tangents or (None,) * 3), gy, gdy, *found)))
-        return found
+        _, dgate, dh = tangents or (None,) * 3
+        needs = (*needs, *(False,) * (6 - len(needs)))
+        inputs = (h, gate, dgate, dh, gy, gdy)
+        sought = ((h, needs[2]), (gate, needs[1]), (dh, needs[5]), (dgate, needs[4]))
+        found = [torch.empty_like(v) if need else None for v, need in sought]
+        if any(needs[i] for i in (1, 2, 4, 5)):
+            launch(self.name, module.gated_residual_backward, inputs, found)
+        gh, ggate, gdh, gdgate = found
+        # The stream's gradients are what came; another kernel has nothing to add.
+        gx = None if not needs[0] else torch.zeros_like(x) if gy is None else gy.to(x.dtype)
+        gdx = gdy.to(tangents[0].dtype) if needs[3] else None
+        return [gx, ggate, gh, gdx, gdgate, gdh][: len(operands) + len(tangents)]
 
 
 fused = _GatedResidual()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
-from torch.nn.functional import layer_norm, rms_norm
+from torch.overrides import handle_torch_function, has_torch_function
 
-from .modulation import check_floating, over_tokens
+from .fused import Fused
+from .modulation import check_floating, fitted, launch, of_one_kind, over_tokens
 
-__all__ = ["norm_modulate"]
+__all__ = ["norm_modulate", "norm_modulate_dual"]
+
+_KINDS = ("layer", "rms")
 
 
 def norm_modulate(
@@ -35,18 +37,67 @@ def norm_modulate(
     >>> norm_modulate(torch.tensor([[[1.0, 3.0]]]), torch.ones(1, 2), torch.zeros(1, 2), eps=0.0)
     tensor([[[-2.,  2.]]])
     """
+    if has_torch_function((x, scale, shift)):
+        return handle_torch_function(norm_modulate, (x, scale, shift), x, scale, shift, kind=kind, eps=eps)
+    options = _options(x, scale, shift, kind, eps)
+    return fused(options, of_one_kind((x, scale, shift)))
+
+
+def norm_modulate_dual(
+    x: Any, scale: Any, shift: Any, *, tangents: tuple[Any, ...], tracked: bool, kind: str = "layer", eps: float = 1e-6
+) -> Any:
+    """(y, dy) of tensors and the tangents (dx, dscale, dshift)."""
+    options = _options(x, scale, shift, kind, eps)
+    every = of_one_kind((x, scale, shift, *tangents))
+    return fused(options, every[:3], every[3:], tracked)
+
+
+def _options(x: Any, scale: Any, shift: Any, kind: str, eps: float) -> tuple[float, ...]:
     check_floating("norm_modulate", x=x, scale=scale, shift=shift)
-    if kind not in ("layer", "rms"):
+    if kind not in _KINDS:
         raise ValueError(f'norm_modulate: kind = {kind!r}; it is "layer" or "rms"')
     if len(x.shape) < 2:
         raise ValueError(f"norm_modulate: x has shape {tuple(x.shape)}; it is (B, ..., D)")
-    scale, shift = (over_tokens(v, x, n, "norm_modulate") for v, n in ((scale, "scale"), (shift, "shift")))
-    if kind == "rms":
-        normal = rms_norm(x, x.shape[-1:], eps=eps)
-    elif forward_ad._current_level >= 0:
-        # Backward through torch's forward derivative of layer_norm is wrong in silence (2.13); written out it is right.
-        centred = x - x.mean(-1, keepdim=True)
-        normal = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    else:
-        normal = layer_norm(x, x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normal, 1.0 + scale)
+    fitted(scale, x, "scale", "norm_modulate")
+    fitted(shift, x, "shift", "norm_modulate")
+    return float(_KINDS.index(kind)), float(eps)
+
+
+class _NormModulate(Fused):
+    """n = (x - mean(x)) r with r = (mean((x - mean(x))^2) + eps)^(-1/2) is differentiated in csrc/norm_modulate."""
+
+    name = "norm_modulate"
+    operands = ("x", "scale", "shift")
+
+    def value(self, options, x, scale, shift):
+        kind, eps = options
+        # float32 within, as the kernel; written out, since backward through torch's forward derivative of layer_norm is
+        # wrong in silence (2.13).
+        wide = torch.promote_types(x.dtype, torch.float32)
+        n = x.to(wide)
+        if kind == 0.0:
+            n = n - n.mean(-1, keepdim=True)
+        n = n * torch.rsqrt(n.square().mean(-1, keepdim=True) + eps)
+        y = torch.addcmul(over_tokens(shift, x).to(wide), n, 1.0 + over_tokens(scale, x).to(wide))
+        return y.to(self._dtype(x, scale, shift))
+
+    def _dtype(self, x, scale, shift):
+        return torch.promote_types(torch.promote_types(x.dtype, scale.dtype), shift.dtype)
+
+    def empty(self, options, operands, pair):
+        x, dtype = operands[0], self._dtype(*operands)
+        return [torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(1 + pair)]
+
+    def forward(self, module, options, operands, tangents, results):
+        dy = results[1] if len(results) > 1 else None
+        inputs = (*operands, *(tangents or (None,) * 3))
+        launch(self.name, module.norm_modulate, inputs, (results[0], dy), *options)
+
+    def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
+        inputs = (*operands[:2], *(tangents[:2] or (None,) * 2), gy, gdy)
+        found = [torch.empty_like(v) if need else None for v, need in zip((*operands, *tangents), needs, strict=True)]
+        launch(self.name, module.norm_modulate_backward, inputs, (*found, *(None,) * (6 - len(found))), *options)
+        return found
+
+
+fused = _NormModulate()

@@ -8,6 +8,7 @@ import torch
 
 from pyflowmap.ops.attention import attention, attention_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
+from pyflowmap.ops.norm_modulate import norm_modulate, norm_modulate_dual
 
 from ..parts import primal, primals, tangent
 from ..registry import Kind, rule
@@ -35,3 +36,8 @@ def _attention(q, k, v, *, mask=None, lengths=None, scale=None, causal=False):
         )
     options = {"mask": primal(mask), "lengths": lengths, "scale": scale, "causal": causal}
     return _pair(attention_dual, (q, k, v), **options)
+
+
+@rule(norm_modulate, kind=Kind.JOINT)
+def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
+    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
