@@ -28,4 +28,12 @@ PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssiz
 PyObject* norm_modulate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
+// (tensors, eps) -> bool. Contract: norm_rope/norm_rope.h.
+PyObject* norm_rope(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* norm_rope_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (tensors, span) -> bool. Contract: time_embedding/time_embedding.h.
+PyObject* time_embedding(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* time_embedding_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

@@ -9,6 +9,16 @@ from pyflowmap.ops.combine import combine
 from pyflowmap.ops.gated_residual import gated_residual
 from pyflowmap.ops.norm_modulate import norm_modulate
 from pyflowmap.ops.norm_rope import norm_rope
+from pyflowmap.ops.time_embedding import time_embedding
 from pyflowmap.reference import Combined, Noise
 
-__all__ = ["Combined", "Noise", "attention", "combine", "gated_residual", "norm_modulate", "norm_rope"]
+__all__ = [
+    "Combined",
+    "Noise",
+    "attention",
+    "combine",
+    "gated_residual",
+    "norm_modulate",
+    "norm_rope",
+    "time_embedding",
+]
