@@ -129,23 +129,10 @@ def test_sincos_by_hand():
 # ---- derivatives --------------------------------------------------------------------------------------------------
 
 
-def in_float64(monkeypatch):
-    """The embedding's angles are float32 on purpose; against float64 derivatives they would be the only error."""
-    from pyflowmap.nn import embedding
-
-    def exact(t, channels):
-        w = torch.linspace(0.1, 3.0, channels // 2, dtype=torch.float64)
-        angle = t[:, None] * w
-        return torch.cat([angle.cos(), angle.sin()], 1)
-
-    monkeypatch.setattr(embedding, "sinusoidal", exact)
-
-
 @KINDS
 @pytest.mark.parametrize("moves", ["x, s", "t"])
-def test_derivatives(monkeypatch, positions, moves):
+def test_derivatives(positions, moves):
     """MeanFlow's and LSD's directions against torch.func.jvp, which forms attention from its matrices."""
-    in_float64(monkeypatch)
     network = trained(DiTConfig(**{**CONFIG.__dict__, "positions": positions}))
     (x, s, t), dx, label = arguments()
     tangents = (dx, 1.0, None) if moves == "x, s" else (None, None, 1.0)
@@ -161,9 +148,8 @@ def test_derivatives(monkeypatch, positions, moves):
 
 
 @pytest.mark.parametrize("through", ["value", "derivative"])
-def test_gradients_through_value_and_derivative(monkeypatch, through):
+def test_gradients_through_value_and_derivative(through):
     """Against autograd of a central difference, and of torch.func.jvp."""
-    in_float64(monkeypatch)
     network, ((x, s, t), dx, label) = trained(), arguments()
     f = lambda x, s: network(x, s, t, label)  # noqa: E731
     tracked, which, h = through == "derivative", through == "derivative", 1e-5

@@ -47,4 +47,12 @@ PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t 
 PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
 
+// (tensors, eps) -> bool. Contract: norm_rope/norm_rope.h.
+PyObject* norm_rope(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* norm_rope_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
+// (tensors, span) -> bool. Contract: time_embedding/time_embedding.h.
+PyObject* time_embedding(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+PyObject* time_embedding_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+
 }  // namespace pyflowmap

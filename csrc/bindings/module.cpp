@@ -46,6 +46,12 @@ PyMethodDef kernels[] = {
     {FASTCALL(activate), "activate(x, dx, kind) -> y | (y, dy) | None: the direct road"},
      "norm_modulate_backward(tensors, kind, eps) -> bool: (x, scale, dx, dscale, gy, gdy, gx, gscale, gshift, gdx, "
      "gdscale, gdshift)"},
+    {FASTCALL(norm_rope), "norm_rope((x, weight, cos, sin, dx, dweight, y, dy), eps) -> bool"},
+    {FASTCALL(norm_rope_backward),
+     "norm_rope_backward((x, weight, cos, sin, dx, dweight, gy, gdy, gx, gweight, gdx, gdweight), eps) -> bool"},
+    {FASTCALL(time_embedding), "time_embedding((s, t, frequencies, ds, dt, y, dy), span) -> bool"},
+    {FASTCALL(time_embedding_backward),
+     "time_embedding_backward((s, t, frequencies, ds, dt, gy, gdy, gs, gt, gds, gdt), span) -> bool"},
     {"version_of", pyflowmap::version_of, METH_O, "version_of(tensor) -> int | None: what pfm.lazy records"},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.time_embedding import time_embedding
 from ..tangents.parts import is_dual
 
 __all__ = ["Embedding", "sinusoidal", "zero"]
@@ -18,11 +19,13 @@ def sinusoidal(t: Tensor, channels: int, highest: float = 100.0, lowest: float =
     The angles are float32 whatever the network's dtype: in bfloat16 w t is off by up to 0.4 radians at w = 100. The
     highest frequency also scales every time derivative of the network, so it is kept small: 1000 ruins JVP objectives.
     """
-    half = channels // 2
-    exponent = torch.arange(half, device=t.device, dtype=torch.float32) / max(half - 1, 1)
-    frequency = highest * torch.exp(exponent * math.log(lowest / highest))
-    angle = t.float()[:, None] * frequency
+    angle = t.float()[:, None] * _frequencies(channels // 2, t.device, highest, lowest)
     return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def _frequencies(count: int, device: torch.device, highest: float = 100.0, lowest: float = 0.1) -> Tensor:
+    exponent = torch.arange(count, device=device, dtype=torch.float32) / max(count - 1, 1)
+    return highest * torch.exp(exponent * math.log(lowest / highest))
 
 
 def zero(layer: nn.Module) -> nn.Module:
@@ -58,9 +61,10 @@ class Embedding(nn.Module):
                     "pfm.FlowMap(network) takes numbers"
                 )
         dtype = self.start.weight.dtype
-        e = self.start(sinusoidal(s, self.time_channels).to(dtype)) + self.span(
-            sinusoidal(t - s, self.time_channels).to(dtype)
-        )
+        # Not a buffer: frequencies stay float32 when the network is cast.
+        times = time_embedding(s, t, _frequencies(self.time_channels // 2, s.device), dtype=dtype)
+        start, span = times.chunk(2, 1)  # each as `sinusoidal` makes it
+        e = self.start(start) + self.span(span)
         if self.label is not None:
             if label is None:
                 label = torch.full(s.shape, self.labels, device=s.device)

@@ -10,6 +10,7 @@ from pyflowmap.ops.combine import combine
 from pyflowmap.ops.gated_residual import gated_residual
 from pyflowmap.ops.norm_modulate import norm_modulate
 from pyflowmap.ops.norm_rope import norm_rope
+from pyflowmap.ops.time_embedding import time_embedding
 from pyflowmap.reference import Combined, Noise
 
 __all__ = [
@@ -22,4 +23,10 @@ __all__ = [
     "gated_unit",
     "norm_modulate",
     "norm_rope",
+    "attention",
+    "combine",
+    "gated_residual",
+    "norm_modulate",
+    "norm_rope",
+    "time_embedding",
 ]

@@ -181,6 +181,15 @@ def _turned_torch(x, v, h):
     return (torch.cat([turned.real, turned.imag], -1),)
 
 
+def _timed(x, v, h):
+    return (ops.time_embedding(h, x[:, 0, 0] + v[:, 1, 1], torch.arange(1.0, 4.0), dtype=x.dtype),)
+
+
+def _timed_torch(x, v, h):
+    a, b = (each[:, None] * torch.arange(1.0, 4.0) for each in (h, x[:, 0, 0] + v[:, 1, 1] - h))
+    return (torch.cat([a.cos(), a.sin(), b.cos(), b.sin()], 1),)
+
+
 CASES = {
     name[1:]: (function, globals()[f"{name}_torch"])
     for name, function in list(globals().items())
@@ -191,6 +200,7 @@ OPS = {  # the rest are cases of `combine`
     "gated_residual": {"gated"},
     "attention": {"attended"},
     "norm_rope": {"turned"},
+    "time_embedding": {"timed"},
 }
 DRAWS = {"noisy", "noise_gram"}  # noise has no sample ids inside vmap: refused
 HEAVY = {"wide", "full_gram"}

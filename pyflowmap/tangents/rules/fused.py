@@ -10,6 +10,8 @@ from pyflowmap.ops.attention import attention, attention_dual
 from pyflowmap.ops.activation import activation, activation_dual, gated_unit, gated_unit_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
 from pyflowmap.ops.norm_modulate import norm_modulate, norm_modulate_dual
+from pyflowmap.ops.norm_rope import norm_rope, norm_rope_dual
+from pyflowmap.ops.time_embedding import time_embedding, time_embedding_dual
 
 from ..parts import primal, primals, tangent
 from ..registry import Kind, rule
@@ -57,3 +59,27 @@ def _gated_unit(a, b, kind):
 @rule(norm_modulate, kind=Kind.JOINT)
 def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
     return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
+
+
+@rule(norm_modulate, kind=Kind.JOINT)
+def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
+    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
+
+
+@rule(norm_rope, kind=Kind.JOINT)
+def _norm_rope(x, weight, cos, sin, *, eps=1e-6):
+    if tangent(cos) is not None or tangent(sin) is not None:
+        raise NotImplementedError(
+            "norm_rope: cos or sin has a tangent, for which there is no rule; pass cos.detach() and sin.detach(), or "
+            "write the rotation in torch"
+        )
+    return _pair(norm_rope_dual, (x, weight), primal(cos), primal(sin), eps=eps)
+
+
+@rule(time_embedding, kind=Kind.JOINT)
+def _time_embedding(s, t, frequencies, *, second="span", dtype=None):
+    if tangent(frequencies) is not None:
+        raise NotImplementedError(
+            "time_embedding: frequencies has a tangent, for which there is no rule; pass frequencies.detach()"
+        )
+    return _pair(time_embedding_dual, (s, t), primal(frequencies), second=second, dtype=dtype)
