@@ -16,43 +16,25 @@ PyObject* update(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 // a + factor * b of lazy combinations, as the tuples (operands, coefficients, versions), or None.
 PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
-// (tensors, scale, causal) -> bool; the tensors by position: attention.cpp. Contract: attention/attention.h.
-PyObject* attention_forward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* attention_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-
-// (tensors, kind) -> bool; the tensors by position: activation.cpp. Contract: activation/activation.h.
-PyObject* activation(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
-PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// (tensors) -> bool; the tensors by position: module.cpp. Contract: gated_residual/gated_residual.h.
-PyObject* gated_residual(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* gated_residual_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// (tensors, kind, eps) -> bool. Contract: norm_modulate/norm_modulate.h.
-PyObject* norm_modulate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* norm_modulate_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// ((x, dx, weight, bias, y, dy),) -> bool. Contract: dual_linear/dual_linear.h.
-PyObject* dual_linear(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// (tensors, kind) -> bool; the tensors by position: activation.cpp. Contract: activation/activation.h.
-PyObject* activation(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* activation_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+// The kernels of whole tensors: (tensors, constants ...) -> bool, the tensors by position (module.cpp) and None where one
+// is not given; False where they do not fit. Contracts: <kernel>/<kernel>.h.
+#define KERNEL(name) PyObject* name(PyObject* self, PyObject* const* args, Py_ssize_t nargs)
+KERNEL(activation);
+KERNEL(activation_backward);
+KERNEL(attention_forward);
+KERNEL(attention_backward);
+KERNEL(dual_linear);
+KERNEL(gated_residual);
+KERNEL(gated_residual_backward);
+KERNEL(norm_modulate);
+KERNEL(norm_modulate_backward);
+KERNEL(norm_rope);
+KERNEL(norm_rope_backward);
+KERNEL(time_embedding);
+KERNEL(time_embedding_backward);
 
 // (x, dx or None, kind) -> y or (y, dy), made here; None where Python must look at the call.
-PyObject* activate(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-
-// (tensors, eps) -> bool. Contract: norm_rope/norm_rope.h.
-PyObject* norm_rope(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* norm_rope_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-
-// (tensors, span) -> bool. Contract: time_embedding/time_embedding.h.
-PyObject* time_embedding(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
-PyObject* time_embedding_backward(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
+KERNEL(activate);
+#undef KERNEL
 
 }  // namespace pyflowmap

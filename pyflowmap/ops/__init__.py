@@ -23,10 +23,5 @@ __all__ = [
     "gated_unit",
     "norm_modulate",
     "norm_rope",
-    "attention",
-    "combine",
-    "gated_residual",
-    "norm_modulate",
-    "norm_rope",
     "time_embedding",
 ]

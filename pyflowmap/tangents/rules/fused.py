@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from pyflowmap.ops.attention import attention, attention_dual
 from pyflowmap.ops.activation import activation, activation_dual, gated_unit, gated_unit_dual
+from pyflowmap.ops.attention import attention, attention_dual
 from pyflowmap.ops.gated_residual import gated_residual, gated_residual_dual
 from pyflowmap.ops.norm_modulate import norm_modulate, norm_modulate_dual
 from pyflowmap.ops.norm_rope import norm_rope, norm_rope_dual
@@ -54,16 +54,6 @@ def _activation(x, kind):
 @rule(gated_unit, kind=Kind.JOINT)
 def _gated_unit(a, b, kind):
     return _pair(gated_unit_dual, (a, b), kind)
-
-
-@rule(norm_modulate, kind=Kind.JOINT)
-def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
-    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
-
-
-@rule(norm_modulate, kind=Kind.JOINT)
-def _norm_modulate(x, scale, shift, *, kind="layer", eps=1e-6):
-    return _pair(norm_modulate_dual, (x, scale, shift), kind=kind, eps=eps)
 
 
 @rule(norm_rope, kind=Kind.JOINT)
