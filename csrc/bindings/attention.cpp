@@ -1,4 +1,4 @@
-// attention.cpp - `attention_forward` and `attention_backward` of Python objects. Contract: attention/attention.h.
+// attention.cpp - `attention` and `attention_backward` of Python objects. Contract: attention/attention.h.
 #include "attention/attention.h"
 
 #include "bindings/bindings.h"
@@ -98,8 +98,8 @@ bool is_large(const AttentionProblem& p) { return p.batch * p.heads * p.queries 
 
 }  // namespace
 
-PyObject* attention_forward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 3) return PyErr_Format(PyExc_TypeError, "attention_forward takes 3 arguments, got %zd", nargs);
+PyObject* attention(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 3) return PyErr_Format(PyExc_TypeError, "attention takes 3 arguments, got %zd", nargs);
   Tensors tensors(args[0]);
   AttentionForward p;
   Shapes shapes;
@@ -115,7 +115,7 @@ PyObject* attention_forward(PyObject*, PyObject* const* args, Py_ssize_t nargs) 
   agree(tensors, p, {&p.k, &p.v, &p.dq, &p.dk, &p.dv, &p.o, &p.d_o});
   if (!p.o) tensors.refuse();
   return as_bool(tensors.run(
-      "attention_forward", is_large(p), [&] { return attention_forward_cpu(p); },
+      "attention", is_large(p), [&] { return attention_forward_cpu(p); },
       [&](int device, void* stream) { return CUDA_CALL(attention_forward_cuda(p, device, stream)); }));
 }
 

@@ -21,7 +21,7 @@ PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 #define KERNEL(name) PyObject* name(PyObject* self, PyObject* const* args, Py_ssize_t nargs)
 KERNEL(activation);
 KERNEL(activation_backward);
-KERNEL(attention_forward);
+KERNEL(attention);
 KERNEL(attention_backward);
 KERNEL(dual_linear);
 KERNEL(gated_residual);

@@ -61,7 +61,7 @@ def jvp_dit_block() -> Case:
             Contestant("pfm.jvp", ours),
             _forward(forward, 2.3),
             Contestant("pfm.jvp of the block in plain torch", unmodified),
-            Contestant("torch.func.jvp of the block in plain torch", forward_mode, note="math attention, which alone has it"),
+            Contestant("torch.func.jvp of the block in plain torch", forward_mode, note="math attention, the only one"),
             Contestant("forward of the block in plain torch", plain_forward, role="limit"),
         ],
         {"x": x.shape, "e": e.shape},

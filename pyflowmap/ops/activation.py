@@ -16,7 +16,8 @@ from .modulation import check_floating
 
 __all__ = ["KINDS", "activation", "activation_dual", "gated_unit", "gated_unit_dual"]
 
-# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often as
+# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often
+# as
 # asked, and without cancellation in the tails.
 _FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: x * torch.sigmoid(x),
@@ -36,7 +37,7 @@ def activation(
 ) -> Any:
     """f(x), element by element, in one pass over memory. Of a Dual, value and tangent: f(x) and f'(x) dx.
 
-    silu x / (1 + e^-x); gelu x Phi(x) (Hendrycks and Gimpel 2016), gelu_tanh its approximation; relu with f'(0) = 0. Half
+    silu x / (1 + e^-x); gelu x Phi(x) (Hendrycks & Gimpel 2016), gelu_tanh its approximation; relu with f'(0) = 0. Half
     precision is computed in float32 and rounded once. At infinity the result is the limit, where torch has NaN.
 
     Raises ValueError for another kind, TypeError for integers and complex numbers.
@@ -88,7 +89,8 @@ def _operands(function: str, kind: str, **operands: Any) -> tuple[tuple[float, .
     values = tuple(operands.values())
     if values[0].shape != values[-1].shape:
         raise ValueError(
-            f"{function}: b has shape {tuple(values[-1].shape)} but a has shape {tuple(values[0].shape)}; they must agree"
+            f"{function}: b has shape {tuple(values[-1].shape)} but a has shape {tuple(values[0].shape)}; they must "
+            "agree"
         )
     return (float(_NUMBER[kind]),), values
 
@@ -130,7 +132,8 @@ class _Activation(Fused):
         """The kernel on the tensors as they lie or, where rows of them have gaps, on copies."""
         kind = int(options[0])
         if not kernel((*before, *given, *after), kind):
-            results = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*before, *after)]
+            like = (*before, *after)
+            results = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
             given = tuple(None if x is None else x.resolve_neg().contiguous() for x in given)
             check(self.name, kernel((*results[: len(before)], *given, *results[len(before) :]), kind))
             for x, result in zip((*before, *after), results):

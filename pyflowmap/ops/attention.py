@@ -33,14 +33,14 @@ def attention(
 
     causal    query i sees keys j <= i
 
-    A query that sees nothing gives 0. Of Duals, value and tangent in one pass: with P = softmax(S), dS = scale (dq k^T +
-    q dk^T),
+    A query that sees nothing gives 0. Of Duals, value and tangent in one pass: with P = softmax(S),
+    dS = scale (dq k^T + q dk^T),
 
         do = P dv + (P * dS) v - rowsum(P * dS) * o
 
-    Memory is O(N): the matrices are formed a block at a time, in backward, too, through the value and through the tangent.
-    Right under torch.func.jvp and vmap, autograd and torch.compile. Vaswani et al. 2017, eq. 1; grouped heads: Ainslie
-    et al. 2023; the tangent: Lu & Song 2024, app. F.
+    Memory is O(N): the matrices are formed a block at a time, in backward, too, through value and tangent. Right under
+    torch.func.jvp and vmap, autograd and torch.compile. Vaswani et al. 2017, eq. 1; grouped heads: Ainslie et al. 2023;
+    the tangent: Lu & Song 2024, app. F.
 
     Raises ValueError where shapes do not fit, TypeError for integers and mixed dtypes, NotImplementedError for a mask
     that requires a gradient.
@@ -109,7 +109,7 @@ def _mask(q: Any, keys: int, mask: Any) -> Any:
     if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], want[::-1], strict=False)):
         raise ValueError(f"attention: mask has shape {shape}, which does not broadcast to {want}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        raise TypeError(f"attention: mask is {mask.dtype}; it is bool (True is seen) or floating point, added to logits")
+        raise TypeError(f"attention: mask is {mask.dtype}; it is bool (True is seen) or floats, added to the logits")
     if mask.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"attention: mask {shape} requires a gradient, which no kernel computes; pass mask.detach(), or write the "
@@ -170,7 +170,7 @@ class _Attention(Fused):
         o, do, lse, mu = results if tangents else (results[0], None, results[1], None)
         dq, dk, dv = tangents or (None,) * 3
         tensors = (*map(_dense, (q, k, v, dq, dk, dv)), mask, lengths, o, do, lse, mu)
-        check(self.name, module.attention_forward(tensors, scale, bool(causal)))
+        check(self.name, module.attention(tensors, scale, bool(causal)))
 
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         q, k, v, mask, lengths = operands

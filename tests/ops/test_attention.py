@@ -268,7 +268,7 @@ def test_refusals():
         attention(q.long(), k, v)
     with pytest.raises(ValueError, match="does not broadcast"):
         attention(q, k, v, mask=torch.ones(4, 5, dtype=torch.bool))
-    with pytest.raises(TypeError, match="mask is torch.int64"):
+    with pytest.raises(TypeError, match=r"mask is torch\.int64"):
         attention(q, k, v, mask=torch.ones(5, 5, dtype=torch.int64))
     with pytest.raises(NotImplementedError, match="requires a gradient"):
         attention(q, k, v, mask=torch.zeros(5, 5, requires_grad=True))

@@ -171,7 +171,7 @@ def test_outputs_of_any_stride(module):
     o, d_o, lse, mu = forward(module, case)
     wide = torch.full((2, 40, 2, 16 + 4), math.nan)
     out, d_out = wide.transpose(1, 2)[..., 2:-2], wide.clone().transpose(1, 2)[..., 2:-2]
-    assert module.attention_forward((*case.operands, out, d_out, lse, mu), case.scale, False) is True
+    assert module.attention((*case.operands, out, d_out, lse, mu), case.scale, False) is True
     assert torch.equal(out, o) and torch.equal(d_out, d_o)
     assert wide[..., :2].isnan().all() and wide[..., -2:].isnan().all()
 
@@ -352,7 +352,7 @@ def run(n):
     cut = lambda t: t[:, :, :n]
     a = tuple(map(cut, x)) + (None, None) + tuple(map(cut, out[:2]))
     a += (lse[..., :n].contiguous(), mu[..., :n].contiguous())
-    assert _C.attention_forward(a, 0.25, False) and _C.attention_backward(a + tuple(map(cut, out[2:])), 0.25, False)
+    assert _C.attention(a, 0.25, False) and _C.attention_backward(a + tuple(map(cut, out[2:])), 0.25, False)
 run(32)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run(4096)

@@ -89,7 +89,7 @@ def attention(x: Inputs) -> dict[str, Tensor]:
     if case.tangents:
         out |= {"do": o.clone(), "mu": rows.clone()}
     tensors = (q, k, v, *x.tangents, x.mask, x.lengths, o, out.get("do"), rows, out.get("mu"))
-    assert backends.simt().attention_forward(tensors, x.scale, case.causal)
+    assert backends.simt().attention(tensors, x.scale, case.causal)
     return out
 
 
@@ -391,7 +391,7 @@ def test_writes_nothing_else(simt):
     room = torch.full((2, 1, 3, 19, 50), 7.0, dtype=torch.bfloat16)
     o, do = room[0, :, 1:2, 1:18, 5:45], room[1, :, 1:2, 1:18, 5:45]
     tensors = (*x.primals, *x.tangents, None, None, o, do, None, None)
-    assert backends.simt().attention_forward(tensors, x.scale, False)
+    assert backends.simt().attention(tensors, x.scale, False)
     plain = attention(x)
     assert torch.equal(o, plain["o"]) and torch.equal(do, plain["do"])
     o.fill_(7.0)

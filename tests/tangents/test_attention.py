@@ -60,13 +60,13 @@ def test_causal_with_more_keys_starts_at_the_first_as_in_torch() -> None:
     k, v, dk, dv = draw(2, 3, 8, 4, n=4)
     mask = torch.ones(5, 8, dtype=torch.bool).tril()
     expected = torch.func.jvp(lambda q, k, v: formula(q, k, v, mask), (q, k, v), (dq, dk, dv))
-    found = jvp_of(
-        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v], [dq, dk, dv]
-    )
+    found = jvp_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), [q, k, v], [dq, dk, dv])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("leads", [((), (), ()), ((3,), (3,), (3,)), ((2, 3), (1, 3), (2, 1)), ((2, 1, 3), (1, 2, 3), (3,))])
+@pytest.mark.parametrize(
+    "leads", [((), (), ()), ((3,), (3,), (3,)), ((2, 3), (1, 3), (2, 1)), ((2, 1, 3), (1, 2, 3), (3,))]
+)
 def test_leading_dimensions_broadcast(leads: tuple[tuple[int, ...], ...]) -> None:
     torch.manual_seed(4)
     xs, dxs = ([torch.randn(*lead, 5, 4, dtype=torch.float64) for lead in leads] for _ in range(2))
@@ -133,9 +133,7 @@ def test_gradients_through_value_and_tangent(tracked: bool) -> None:
 
     wanted = [x.requires_grad_() for x in (*xs, *(dxs if tracked else ()))]
     expected = torch.autograd.grad(loss_of(torch.func.jvp(formula, tuple(xs), tuple(dxs))), wanted)
-    found = torch.autograd.grad(
-        loss_of(jvp_of(F.scaled_dot_product_attention, xs, dxs, track_tangent=tracked)), wanted
-    )
+    found = torch.autograd.grad(loss_of(jvp_of(F.scaled_dot_product_attention, xs, dxs, track_tangent=tracked)), wanted)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 

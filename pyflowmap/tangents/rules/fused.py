@@ -34,8 +34,8 @@ def _gated_residual(x, gate, h):
 def _attention(q, k, v, *, mask=None, lengths=None, scale=None, causal=False):
     if tangent(mask) is not None:
         raise NotImplementedError(
-            "attention: mask has a tangent, for which there is no rule; pass mask.detach(), or write the attention with "
-            "softmax and matmul"
+            "attention: mask has a tangent, for which there is no rule; pass mask.detach(), or write the attention "
+            "with softmax and matmul"
         )
     options = {"mask": primal(mask), "lengths": lengths, "scale": scale, "causal": causal}
     return _pair(attention_dual, (q, k, v), **options)
