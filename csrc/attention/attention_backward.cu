@@ -124,7 +124,8 @@ Status attention_backward_cuda(const AttentionBackward& p, int device, void* str
   }
   const bool both = static_cast<bool>(p.gdo);
   const Variant* const variant = find(p, both);
-  if (!variant) return {1, "attention: head_dim and value_dim are at most 256"};
+  if (p.head_dim > 256 || p.value_dim > 256) return {1, "attention: head_dim and value_dim are at most 256"};
+  if (!variant) return {1, "attention: this build has no kernel for the head size or the type"};
   if (attention_backward_workspace_bytes(p) > 0 && !p.workspace) return {1, "attention: backward needs a workspace"};
 
   const DeviceGuard guard(device);
