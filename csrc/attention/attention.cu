@@ -7,7 +7,7 @@ namespace pyflowmap {
 namespace attention_device {
 namespace {
 
-// ---- every instantiation, narrowest head first: the first that fits is taken ------------------------------------------
+// ---- every instantiation: the narrowest that fits is taken -------------------------------------------------------------
 
 struct Variant {
   DType dtype;
@@ -28,24 +28,57 @@ constexpr Variant variant() {
   return {dtype_of<T>, D, kTangent, C::kQueries, C::kThreads, &C::shared_bytes, &attention_forward_kernel<C>};
 }
 
+// A block of 4 warps, of which two share a multiprocessor; at most 99 KB of shared memory, which every device has.
+// clang-format off
 constexpr Variant kVariants[] = {
-// type, head, tangent, tiles of 16 queries per warp, warps: queries x columns, keys per tile
-#define PFM_HALF_PRECISION(T)                                                                                          \
-  variant<T, 32, true, 1, 4, 1, 32>(), variant<T, 32, false, 2, 4, 1, 64>(), variant<T, 48, true, 1, 4, 1, 32>(),      \
-      variant<T, 48, false, 2, 4, 1, 64>(), variant<T, 64, true, 1, 4, 1, 64>(), variant<T, 64, false, 2, 4, 1, 64>(), \
-      variant<T, 80, true, 1, 4, 1, 48>(), variant<T, 80, false, 2, 4, 1, 64>(), variant<T, 96, true, 1, 4, 1, 32>(),  \
-      variant<T, 96, false, 2, 4, 1, 32>(), variant<T, 128, true, 1, 4, 1, 32>(),                                      \
-      variant<T, 128, false, 2, 4, 1, 32>(), variant<T, 256, true, 1, 2, 2, 32>(),                                     \
-      variant<T, 256, false, 1, 4, 1, 32>()
-    PFM_HALF_PRECISION(bf16),
-    PFM_HALF_PRECISION(f16),
-    variant<float, 64, true, 1, 4, 1, 32>(),
-    variant<float, 64, false, 1, 4, 1, 32>(),
-    variant<float, 128, true, 1, 4, 1, 16>(),
+    // type, head, tangent, tiles of 16 queries per warp, warps: rows x columns, keys per tile
+    variant<bf16,   64, true,  1, 4, 1, 64>(),
+    variant<bf16,   64, false, 2, 4, 1, 64>(),
+    variant<bf16,  128, true,  1, 4, 1, 32>(),
+    variant<bf16,  128, false, 2, 4, 1, 32>(),
+    variant<float,  64, true,  1, 4, 1, 32>(),
+    variant<float,  64, false, 1, 4, 1, 32>(),
+    variant<float, 128, true,  1, 4, 1, 16>(),
     variant<float, 128, false, 1, 4, 1, 32>(),
-    variant<float, 256, true, 1, 1, 4, 16>(),
+#if !defined(PYFLOWMAP_MINIMAL)
+    variant<bf16,   32, true,  1, 4, 1, 32>(),
+    variant<bf16,   32, false, 2, 4, 1, 64>(),
+    variant<bf16,   48, true,  1, 4, 1, 32>(),
+    variant<bf16,   48, false, 2, 4, 1, 64>(),
+    variant<bf16,   80, true,  1, 4, 1, 48>(),
+    variant<bf16,   80, false, 2, 4, 1, 64>(),
+    variant<bf16,   96, true,  1, 4, 1, 32>(),
+    variant<bf16,   96, false, 2, 4, 1, 32>(),
+    variant<bf16,  256, true,  1, 2, 2, 32>(),
+    variant<bf16,  256, false, 1, 4, 1, 32>(),
+    variant<f16,    32, true,  1, 4, 1, 32>(),
+    variant<f16,    32, false, 2, 4, 1, 64>(),
+    variant<f16,    48, true,  1, 4, 1, 32>(),
+    variant<f16,    48, false, 2, 4, 1, 64>(),
+    variant<f16,    64, true,  1, 4, 1, 64>(),
+    variant<f16,    64, false, 2, 4, 1, 64>(),
+    variant<f16,    80, true,  1, 4, 1, 48>(),
+    variant<f16,    80, false, 2, 4, 1, 64>(),
+    variant<f16,    96, true,  1, 4, 1, 32>(),
+    variant<f16,    96, false, 2, 4, 1, 32>(),
+    variant<f16,   128, true,  1, 4, 1, 32>(),
+    variant<f16,   128, false, 2, 4, 1, 32>(),
+    variant<f16,   256, true,  1, 2, 2, 32>(),
+    variant<f16,   256, false, 1, 4, 1, 32>(),
+    variant<float, 256, true,  1, 1, 4, 16>(),
     variant<float, 256, false, 1, 2, 2, 16>(),
+#endif
 };
+// clang-format on
+
+const Variant* narrowest(DType dtype, int columns, bool tangent) {
+  const Variant* best = nullptr;
+  for (const Variant& v : kVariants) {
+    if (v.dtype == dtype && v.tangent == tangent && v.columns >= columns && (!best || v.columns < best->columns))
+      best = &v;
+  }
+  return best;
+}
 
 }  // namespace
 }  // namespace attention_device
@@ -60,19 +93,21 @@ Status attention_forward_cuda(const AttentionForward& p, int device, void* strea
   if (p.queries > most || p.keys > most) return {1, "attention: more than 2^31 tokens"};
   const int columns = p.head_dim > p.value_dim ? p.head_dim : p.value_dim;
   const bool tangent = p.d_o || p.mu;
-  for (const Variant& variant : kVariants) {
-    if (variant.dtype != p.dtype || variant.columns < columns || variant.tangent != tangent) continue;
-    const int64_t query_blocks = (p.queries + variant.queries - 1) / variant.queries;
-    const int64_t blocks = query_blocks * p.heads * p.batch;
-    if (blocks > 0x7fffffff) return {1, "attention: more blocks than a grid holds"};
-    const DeviceGuard guard(device);
-    if (!guard.status().ok()) return guard.status();
-    const size_t shared = variant.shared_bytes(tangent && p.dk, tangent && p.dv);
-    if (const Status status = allow_shared(variant.kernel, shared); !status.ok()) return status;
-    return LAUNCH(variant.kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(variant.threads)),
-                  shared, static_cast<Stream>(stream), p, static_cast<int>(query_blocks));
-  }
-  return {1, "attention: head_dim and value_dim of at most 256"};
+  const Variant* const variant = narrowest(p.dtype, columns, tangent);
+#if defined(PYFLOWMAP_MINIMAL)
+  if (!variant) return {1, "attention: no kernel for this dtype and head_dim in a minimal build"};
+#endif
+  if (!variant) return {1, "attention: head_dim and value_dim of at most 256"};
+  const int64_t query_blocks = (p.queries + variant->queries - 1) / variant->queries;
+  const int64_t blocks = query_blocks * p.heads * p.batch;
+  if (blocks > 0x7fffffff) return {1, "attention: more blocks than a grid holds"};
+
+  const DeviceGuard guard(device);
+  if (!guard.status().ok()) return guard.status();
+  const size_t shared = variant->shared_bytes(tangent && p.dk, tangent && p.dv);
+  if (const Status status = allow_shared(variant->kernel, shared); !status.ok()) return status;
+  return LAUNCH(variant->kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(variant->threads)),
+                shared, static_cast<Stream>(stream), p, static_cast<int>(query_blocks));
 }
 
 }  // namespace pyflowmap

@@ -152,7 +152,10 @@ template <int N> PFM_DEVICE void multiply(float (&x)[N][4], float first, float s
 template <class C> PFM_DEVICE bool all_finite(const typename C::T* tile) {
   using T = typename C::T;
   constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
-  union { uint4 words; T numbers[kChunk]; } chunk;
+  union {
+    uint4 words;
+    T numbers[kChunk];
+  } chunk;
   bool fine = true;
   NO_UNROLL
   for (int at = static_cast<int>(threadIdx.x); at < C::kKeys * C::D / kChunk; at += C::kThreads) {

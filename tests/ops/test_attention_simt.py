@@ -143,10 +143,12 @@ def reference(x: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         u = 2 * eps  # of a product by pieces
     last = info.eps / 2  # where a result is stored
     c = abs(x.scale)
-    size = c * q.abs() @ k.abs().transpose(-1, -2)
-    d_size = c * (dq.abs() @ k.abs().transpose(-1, -2) + q.abs() @ dk.abs().transpose(-1, -2))
-    operations = case.head_dim + case.keys + 32
-    s_error = ((case.head_dim + 8) * eps * (size + bias.masked_fill(gone, 0.0).abs())).masked_fill(gone, 0.0)
+    # The roundings of a sum of n terms add up as a random walk does, to sqrt(n); times 4 for the worst of many.
+    walk = 4 * eps * math.sqrt(case.head_dim)
+    operations = 4 * math.sqrt(case.keys + 32)
+    size = lambda a, b: c * (a.square() @ b.square().transpose(-1, -2)).sqrt()  # noqa: E731
+    s_error = (walk * size(q, k) + 4 * eps * (s.abs() + bias.abs())).masked_fill(gone, 0.0)
+    ds_error = walk * (size(dq, k) + size(q, dk))
     # With no keys at all there is still a largest error: none.
     worst = torch.nn.functional.pad(s_error, (0, 1)).amax(-1, keepdim=True)
     relative = u + 2 * worst + operations * eps
@@ -154,7 +156,7 @@ def reference(x: Inputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         info.smallest_normal * info.eps
     )  # where a weight is subnormal; the largest of its row is 1 before the division
     w = p * ds
-    w_error = relative * w.abs() + p * (case.head_dim + 8) * eps * d_size + tiny * (p > 0)
+    w_error = relative * w.abs() + p * ds_error + tiny * (p > 0)
     p_error = relative * p + tiny * (p > 0)
     o_error = p_error @ v.abs()
     mu_error = w_error.sum(-1)
@@ -233,6 +235,18 @@ def test_small_and_large_tangents(simt, dtype, size):
     check(Case(dtype, size=size))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mu_sums_what_was_rounded(simt, dtype):
+    """All weights equal and V = 1: O = 1 and T = l mu whatever roundings W met; with mu of the unrounded W, dO != 0."""
+    x = inputs(Case(dtype, keys=130, tangents=ONLY_Q))
+    x.primals[0].zero_()
+    x.primals[2].fill_(1.0)
+    y = attention(x)
+    ds = x.scale * (x.tangents[0].double() @ x.primals[1].double().transpose(-1, -2))
+    assert (y["o"] == 1).all()
+    assert (y["do"].double().abs() <= 130 * torch.finfo(torch.float32).eps * ds.abs().mean(-1, keepdim=True)).all()
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 2.5])
 def test_any_scale(simt, scale):
     check(Case(torch.float32, scale=scale))
@@ -240,12 +254,17 @@ def test_any_scale(simt, scale):
 
 
 def test_float32_is_no_coarser_than_torch(simt):
-    """Errors of O against those of torch's attention in float32: products of fewer than 24 bits would be far above."""
+    """Errors against those of the same in torch and float32: products of fewer than 24 bits would be far above."""
+
+    def value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(x.scale * q @ k.transpose(-1, -2), -1) @ v
+
     x = inputs(Case(torch.float32, queries=130, keys=130))
     computed, (exact, _) = attention(x), reference(x)
-    torch_o = torch.nn.functional.scaled_dot_product_attention(*x.primals, scale=x.scale)
-    error = lambda y: float((y.double() - exact["o"]).pow(2).mean().sqrt())  # noqa: E731
-    assert error(computed["o"]) <= 2 * error(torch_o)
+    plain = torch.func.jvp(value, tuple(x.primals), tuple(x.tangents))
+    for name, theirs in zip(("o", "do"), plain, strict=True):
+        error = lambda y: float((y.double() - exact[name]).square().mean().sqrt())  # noqa: B023, E731
+        assert error(computed[name]) <= 2 * error(theirs), name
 
 
 # ---- which keys a query sees -----------------------------------------------------------------------------------------
@@ -270,6 +289,18 @@ def test_a_query_that_sees_nothing(simt):
     blind = case.queries // 2
     assert (y["o"][:, 0, blind] == 0).all() and (y["do"][:, 0, blind] == 0).all()
     assert (y["lse"][:, 0, blind] == -math.inf).all() and (y["mu"][:, 0, blind] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["bool", "add"])
+def test_a_masked_key_has_no_weight_whatever_it_is(simt, mask):
+    x = inputs(Case(torch.float32, queries=17, keys=20, mask=mask))
+    hide = -math.inf if mask == "add" else False
+    x.mask[..., 7] = hide
+    clean = attention(x)
+    x.primals[1][..., 7, :] = math.nan
+    x.tangents[1][..., 7, :] = math.nan
+    for name, y in attention(x).items():
+        assert torch.equal(y, clean[name]), name
 
 
 @pytest.mark.parametrize("tangents", [ALL, NONE])
