@@ -38,7 +38,9 @@ constexpr Side queries() {
 
 // Of each side: rows a block owns, rows it walks over in a step, warps, stages, blocks that a multiprocessor is to hold.
 // The gradients of a block's rows stay in its registers, up to 128 per thread: hence the few rows where heads are wide.
-// (64, both) spills some 8 of 128 registers, a cheap price for a second block: its two barriers per step leave gaps.
+// Two lines ask for more blocks than their registers quite allow, since the two barriers of a step leave gaps: keys of
+// (16 bits, 64, both) spill 7 to 9 registers, queries of (16 bits, 128, both) up to 2 on 10.0 and 12.0. Keys of
+// (float, 256, both) need a few more than the 255 that a thread can have.
 // Shared memory stays within the 99 KB that every device has, except (float, 256, both): 132 KB, which compute
 // capabilities 8.6, 8.9 and 12.0 refuse.
 #define PFM_LINE(T, D, both, of_keys, of_queries) \
@@ -124,7 +126,8 @@ Status attention_backward_cuda(const AttentionBackward& p, int device, void* str
   }
   const bool both = static_cast<bool>(p.gdo);
   const Variant* const variant = find(p, both);
-  if (!variant) return {1, "attention: head_dim and value_dim are at most 256"};
+  if (p.head_dim > 256 || p.value_dim > 256) return {1, "attention: head_dim and value_dim are at most 256"};
+  if (!variant) return {1, "attention: this build has no kernel for the head size or the type"};
   if (attention_backward_workspace_bytes(p) > 0 && !p.workspace) return {1, "attention: backward needs a workspace"};
 
   const DeviceGuard guard(device);

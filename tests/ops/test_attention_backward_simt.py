@@ -493,6 +493,24 @@ def test_any_fill_gives_the_same_bits_in_every_bucket(d, dtype, both):
         assert torch.equal(result, first[name]), name
 
 
+@MODES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_forward_kernel_saves(dtype, both):
+    """The two directions agree on lse, mu and on queries that see nothing."""
+    case = Case(dtype=dtype, both=both, b=2, h=2, kv=1, queries=35, keys=35, d=40, mask="bool", lengths=(35, 9))
+    x, mask = draw(case)
+    exact, saved = expected(case, x, mask)
+    saved = {name: torch.full_like(y, math.nan) for name, y in saved.items()}
+    tangents = [x[n] if both else None for n in ("dq", "dk", "dv")]
+    given = (x["q"], x["k"], x["v"], *tangents, mask, torch.tensor(case.lengths))
+    outs = (saved["o"], saved["do"] if both else None, saved["lse"], saved["mu"] if both else None)
+    assert backends.simt().attention_forward((*given, *outs), scale_of(case), case.causal) is True
+    bounds = allowed(case, x, mask, exact)
+    for name, result in run(case, x, mask, saved).items():
+        # Twice: o, do, lse and mu now have the forward pass's own errors, which are of the same size.
+        assert_within(result, exact[name], 2 * bounds[name], f"gradient of {name}")
+
+
 def test_refusals():
     case = Case(dtype=torch.float64)
     x, mask = draw(case)
