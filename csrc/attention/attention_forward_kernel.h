@@ -25,6 +25,8 @@ struct ForwardConfig {
   // Of the loop over columns of Q. Unrolled further, its addresses are kept through the loop over keys, in registers that
   // a wide head has not.
   static constexpr int kUnroll = sizeof(T) == 4 ? 1 : D < 128 ? D / 16 : kTangent ? 4 : 2;
+  // Per multiprocessor. A narrow head leaves registers for more, so that one forms weights while others multiply.
+  static constexpr int kBlocks = kTangent && D <= 32 ? 4 : 2;
   static_assert(kKeys % 16 == 0 && kColumns % 16 == 0, "a product takes 16 at a time");
 
   // Q and dQ stay; one tile each of K and V, and of their tangents where they are given.
@@ -196,7 +198,8 @@ template <int N> PFM_DEVICE void put_back(float (&x)[N][4], const int* first, in
 // ---- kernel ---------------------------------------------------------------------------------------------------------
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 2) attention_forward_kernel(const AttentionForward p, int query_blocks) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    attention_forward_kernel(const AttentionForward p, int query_blocks) {
   using T = typename C::T;
   using Product = attention_device::Product<T>;
   constexpr int kQueries = C::kQueries, kKeys = C::kKeys, D = C::D, M = C::M;
