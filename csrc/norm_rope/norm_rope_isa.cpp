@@ -47,10 +47,9 @@ template <class A> PFM_INLINE A reciprocal_root(A sum, int64_t n, A eps) {
 template <class A>
 PFM_INLINE void scale(A* __restrict a, const A* __restrict x, const A* __restrict w, int64_t n, A eps) {
   A sum[1];
-  row_sums<A>(n, sum, [&](Lanes<A>(&to)[1], const auto& load) {
-    Lanes<A> v;
-    load(v, x, A(0));
-    to[0] += v * v;
+  row_sums<A, 1>(n, sum, [=](Lanes<A>(&to)[1], const auto& load) PFM_INLINED {
+    const Lanes<A> v = load(x, A(0));
+    to[0] = to[0] + v * v;
   });
   const A r = reciprocal_root(sum[0], n, eps);
   for (int64_t i = 0; i < n; ++i) a[i] = w[i] * (r * x[i]);
@@ -60,12 +59,11 @@ template <class A>
 PFM_INLINE void scale_pair(A* __restrict a, A* __restrict da, const A* __restrict x, const A* __restrict dx,
                            const A* __restrict w, const A* __restrict dw, int64_t n, A eps) {
   A sum[2];
-  row_sums<A>(n, sum, [&](Lanes<A>(&to)[2], const auto& load) {
-    Lanes<A> v, d;
-    load(v, x, A(0));
-    load(d, dx, A(0));
-    to[0] += v * v;
-    to[1] += v * d;
+  row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
+    const Lanes<A> v = load(x, A(0));
+    const Lanes<A> d = load(dx, A(0));
+    to[0] = to[0] + v * v;
+    to[1] = to[1] + v * d;
   });
   const A r = reciprocal_root(sum[0], n, eps), u = r * (r * (sum[1] / static_cast<A>(n)));
   for (int64_t i = 0; i < n; ++i) {
@@ -79,13 +77,12 @@ template <class A>
 PFM_INLINE void back(A* __restrict gx, A* __restrict gw, const A* __restrict x, const A* __restrict z,
                      const A* __restrict w, int64_t n, A eps) {
   A sum[2];
-  row_sums<A>(n, sum, [&](Lanes<A>(&to)[2], const auto& load) {
-    Lanes<A> v, f, c;
-    load(v, x, A(0));
-    load(f, z, A(0));
-    load(c, w, A(0));
-    to[0] += v * v;
-    to[1] += v * (c * f);
+  row_sums<A, 2>(n, sum, [=](Lanes<A>(&to)[2], const auto& load) PFM_INLINED {
+    const Lanes<A> v = load(x, A(0));
+    const Lanes<A> f = load(z, A(0));
+    const Lanes<A> c = load(w, A(0));
+    to[0] = to[0] + v * v;
+    to[1] = to[1] + v * (c * f);
   });
   const A r = reciprocal_root(sum[0], n, eps), mean = r * (sum[1] / static_cast<A>(n));
   for (int64_t i = 0; i < n; ++i) {
@@ -100,20 +97,19 @@ PFM_INLINE void back_pair(A* __restrict gx, A* __restrict gdx, A* __restrict gw,
                           const A* __restrict x, const A* __restrict dx, const A* __restrict w, const A* __restrict dw,
                           const A* __restrict z, const A* __restrict zd, int64_t n, A eps) {
   A sum[5];
-  row_sums<A>(n, sum, [&](Lanes<A>(&to)[5], const auto& load) {
-    Lanes<A> v, d, c, dc, f, df;
-    load(v, x, A(0));
-    load(d, dx, A(0));
-    load(c, w, A(0));
-    load(dc, dw, A(0));
-    load(f, z, A(0));
-    load(df, zd, A(0));
+  row_sums<A, 5>(n, sum, [=](Lanes<A>(&to)[5], const auto& load) PFM_INLINED {
+    const Lanes<A> v = load(x, A(0));
+    const Lanes<A> d = load(dx, A(0));
+    const Lanes<A> c = load(w, A(0));
+    const Lanes<A> dc = load(dw, A(0));
+    const Lanes<A> f = load(z, A(0));
+    const Lanes<A> df = load(zd, A(0));
     const Lanes<A> a = c * df;
-    to[0] += v * v;
-    to[1] += v * d;
-    to[2] += v * a;
-    to[3] += a * d;
-    to[4] += v * (c * f + dc * df);
+    to[0] = to[0] + v * v;
+    to[1] = to[1] + v * d;
+    to[2] = to[2] + v * a;
+    to[3] = to[3] + a * d;
+    to[4] = to[4] + v * (c * f + dc * df);
   });
   const A count = static_cast<A>(n), r = reciprocal_root(sum[0], n, eps);
   const A u = r * (r * (sum[1] / count)), q = r * (sum[2] / count);

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .fused import Fused, _above_autograd, check
+from .fused import Fused, check
+from .fused_formula import above_autograd
 from .modulation import check_floating
 
 __all__ = ["norm_rope", "norm_rope_dual"]
@@ -124,7 +125,7 @@ class _NormRope(Fused):
 
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         if any(needs[2:4]):
-            with _above_autograd():
+            with above_autograd():
                 return self._gradients(options, operands, tangents, gy, gdy)
         inputs = (*operands, *tangents)
         found: list[Tensor | None] = [torch.empty_like(v) if n else None for v, n in zip(inputs, needs, strict=True)]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .fused import Fused, _above_autograd, check
+from .fused import Fused, check
+from .fused_formula import above_autograd
 from .modulation import check_floating, of_one_kind
 
 __all__ = ["time_embedding", "time_embedding_dual"]
@@ -107,7 +108,7 @@ class _TimeEmbedding(Fused):
 
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         if needs[2]:
-            with _above_autograd():
+            with above_autograd():
                 return self._gradients(options, operands, tangents, gy, gdy)
         inputs = (*operands, *tangents)
         found: list[Tensor | None] = [torch.empty_like(v) if n else None for v, n in zip(inputs, needs, strict=True)]
