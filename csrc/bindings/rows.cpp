@@ -25,7 +25,7 @@ const dlpack::Tensor* Tensors::at(int i) {
     answer_ = kNo;
     return nullptr;
   }
-  const int plain = is_plain(object, false, true);  // a neg view's storage has the other sign
+  const int plain = is_plain(object, false, false);  // a neg view, whose storage has the other sign
   if (plain != 1) {
     answer_ = plain < 0 ? kError : kNo;
     return nullptr;

@@ -155,6 +155,15 @@ def test_what_is_left_to_torch():
             assert few_rows(*operands) is not None
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_negative_view_is_left_to_torch(mode):
+    """Its storage has the other sign; an inference tensor does not even say that it is a view."""
+    with mode():
+        x = torch.randn(1, 1, dtype=torch.complex64).conj().imag
+        assert x.is_neg() and x.stride(-1) == 2
+        assert few_rows(x, None, torch.ones(1, 1)) is None
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_transforms_see_the_layer(transform):
     """Inside a transform of torch.func, pfm.jvp gives what it gives without."""
