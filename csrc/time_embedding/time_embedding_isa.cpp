@@ -133,18 +133,12 @@ template <class A> void backward_of_type(const TimeEmbeddingBackward& p, int64_t
       const A *g1 = read(p.gy, b, column, g1_space), *g2 = read(p.gy, b, column + h, g2_space);
       const A *d1 = read(p.gdy, b, column, d1_space), *d2 = read(p.gdy, b, column + h, d2_space);
       A sums[3];
-      row_sums<A>(h, sums, [&](Lanes<A>(&to)[3], const auto& load) {
-        Lanes<A> wi, ci, si, x1, x2;
-        load(wi, w, A(0));
-        load(ci, c, A(0));
-        load(si, s, A(0));
-        load(x1, g1, A(0));
-        load(x2, g2, A(0));
-        to[0] += wi * (x2 * ci - x1 * si);
-        load(x1, d1, A(0));
-        load(x2, d2, A(0));
-        to[1] += wi * (x2 * ci - x1 * si);
-        to[2] += wi * wi * (x1 * ci + x2 * si);
+      row_sums<A, 3>(h, sums, [=](Lanes<A>(&to)[3], const auto& load) PFM_INLINED {
+        const Lanes<A> wi = load(w, A(0)), ci = load(c, A(0)), si = load(s, A(0));
+        const Lanes<A> x1 = load(g1, A(0)), x2 = load(g2, A(0)), z1 = load(d1, A(0)), z2 = load(d2, A(0));
+        to[0] = to[0] + wi * (x2 * ci - x1 * si);
+        to[1] = to[1] + wi * (z2 * ci - z1 * si);
+        to[2] = to[2] + wi * wi * (z1 * ci + z2 * si);
       });
       g[which] = sums[0] - d_time.of[which] * sums[2];
       gd[which] = sums[1];
