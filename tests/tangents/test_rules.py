@@ -69,9 +69,13 @@ def test_primal_is_the_function_itself(case: Case) -> None:
     drawn, same = draw(case, grad=True), draw(case, grad=True)
     y = by_duals(drawn)[0]
     plain = outputs(same(*same.primals))
+    fused = case.name.startswith(("scaled_dot_product_attention", "multi_head_attention"))  # by a kernel of ours
     for a, b in zip(y, plain, strict=True):
-        assert a.dtype == b.dtype and a.stride() == b.stride()
-        assert torch.equal(a.nan_to_num(), b.nan_to_num()), "the primal has other bits than the function"
+        assert a.dtype == b.dtype and (fused or a.stride() == b.stride())
+        if fused:
+            assert_close([a], [b], EXACT, "the primal")
+        else:
+            assert torch.equal(a.nan_to_num(), b.nan_to_num()), "the primal has other bits than the function"
     assert_close(_gradients(drawn, y), _gradients(same, plain), EXACT, "gradient of the primal")
 
 
