@@ -126,7 +126,7 @@ class _NormRope(Fused):
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         if any(needs[2:4]):
             with above_autograd():
-                return self._gradients(options, operands, tangents, gy, gdy)
+                return self.gradients(options, operands, tangents, gy, gdy)
         inputs = (*operands, *tangents)
         found: list[Tensor | None] = [torch.empty_like(v) if n else None for v, n in zip(inputs, needs, strict=True)]
         gx, gweight, _, _, gdx, gdweight = (*found, None, None)[:6]

@@ -109,7 +109,7 @@ class _TimeEmbedding(Fused):
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         if needs[2]:
             with above_autograd():
-                return self._gradients(options, operands, tangents, gy, gdy)
+                return self.gradients(options, operands, tangents, gy, gdy)
         inputs = (*operands, *tangents)
         found: list[Tensor | None] = [torch.empty_like(v) if n else None for v, n in zip(inputs, needs, strict=True)]
         gs, gt, _, gds, gdt = (*found, None, None)[:5]

@@ -504,7 +504,7 @@ def test_what_the_forward_kernel_saves(dtype, both):
     tangents = [x[n] if both else None for n in ("dq", "dk", "dv")]
     given = (x["q"], x["k"], x["v"], *tangents, mask, torch.tensor(case.lengths))
     outs = (saved["o"], saved["do"] if both else None, saved["lse"], saved["mu"] if both else None)
-    assert backends.simt().attention_forward((*given, *outs), scale_of(case), case.causal) is True
+    assert backends.simt().attention((*given, *outs), scale_of(case), case.causal) is True
     bounds = allowed(case, x, mask, exact)
     for name, result in run(case, x, mask, saved).items():
         # Twice: o, do, lse and mu now have the forward pass's own errors, which are of the same size.

@@ -156,6 +156,16 @@ def _gated_torch(x, v, h):
     return (x + v[:, :1] * per_row(h, 3) * v,)
 
 
+def _activated(x, v, h):
+    return (ops.activation(x + per_row(h, 3) * v, "gelu_tanh"), ops.gated_unit(x, per_row(h, 3) * v, "silu"))
+
+
+def _activated_torch(x, v, h):
+    a = x + per_row(h, 3) * v
+    tanh = torch.tanh((2.0 / torch.pi) ** 0.5 * (a + 0.044715 * a**3))
+    return 0.5 * a * (1.0 + tanh), x / (1.0 + torch.exp(-x)) * per_row(h, 3) * v
+
+
 def _attended(x, v, h):
     q = torch.stack([x, per_row(h, 3) * v], 1)
     return ops.attention(q, v[:, None], x[:, None]), ops.attention(q, v[:, None], x[:, None], scale=0.7, causal=True)
@@ -196,6 +206,8 @@ CASES = {
     if f"{name}_torch" in globals()
 }
 OPS = {  # the rest are cases of `combine`
+    "activation": {"activated"},
+    "gated_unit": {"activated"},
     "norm_modulate": {"modulated", "modulated_rms"},
     "gated_residual": {"gated"},
     "attention": {"attended"},
@@ -204,7 +216,6 @@ OPS = {  # the rest are cases of `combine`
 }
 DRAWS = {"noisy", "noise_gram"}  # noise has no sample ids inside vmap: refused
 HEAVY = {"wide", "full_gram"}
-NO_SECOND_BACKWARD = {"attended"}  # torch's fused attention has none, and says so
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -347,10 +358,7 @@ def test_gradcheck(case):
     if arguments is slim:
         arguments[2] = leaves[2][:2].detach().clone().requires_grad_()
     assert gradcheck(ours, arguments, check_forward_ad=True, check_undefined_grad=False)
-    if case in NO_SECOND_BACKWARD:
-        with pytest.raises(RuntimeError, match="is not implemented"):
-            gradgradcheck(ours, arguments)
-    elif case not in HEAVY:
+    if case not in HEAVY:
         assert gradgradcheck(ours, arguments)
 
 
