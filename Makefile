@@ -83,7 +83,7 @@ sanitize: $(VENV)/installed  ## the CPU and SIMT kernel tests under ASan + UBSan
 	tools/sanitize.sh thread $(ARGS)
 
 cuda-compile: $(VENV)/torch  ## every .cu for sm_80 and sm_90a, warnings as errors; needs nvcc, no GPU
-	cmake -S . -B .build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYFLOWMAP_CUDA=ON -DPYFLOWMAP_WERROR=ON \
+	cmake -S . -B .build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYFLOWMAP_CUDA=ON -DPYFLOWMAP_WERROR=ON -DPYFLOWMAP_MINIMAL=ON \
 	  -DPYFLOWMAP_CUDA_ARCHS='sm_80;sm_90a;compute_80' \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -Dpybind11_DIR="$$($(PY) -m pybind11 --cmakedir)"
 	cmake --build .build/cuda -j 2

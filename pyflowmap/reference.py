@@ -7,7 +7,7 @@ can be settled by running again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -213,3 +213,39 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, layer: bool, eps: flo
 def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     """x + gate h; gate broadcasts against x. Contract: csrc/gated_residual/gated_residual.h."""
     return x + gate * h
+
+
+# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often
+# as asked, and without cancellation in the tails.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * torch.erfc(-math.sqrt(0.5) * x),
+    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x**3)),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def activation(a: Tensor, kind: str, b: Tensor | None = None) -> Tensor:
+    """f(a), or f(a) b, before it is rounded to storage. Contract: csrc/activation/activation.h."""
+    y = ACTIVATIONS[kind](a.float() if a.dtype.itemsize == 2 else a)
+    return y if b is None else y * b
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+    """The RMS norm of each row, rotated. Contract: csrc/norm_rope/norm_rope.h."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    n = x.to(wide)
+    n = weight.to(wide) * (n * (n.square().mean(-1, keepdim=True) + eps).rsqrt())
+    if cos is not None and sin is not None:
+        a, b = n.chunk(2, -1)
+        n = torch.cat([cos * a - sin * b, cos * b + sin * a], -1)
+    return n.to(x.dtype)
+
+
+def time_embedding(s: Tensor, t: Tensor, frequencies: Tensor, span: bool) -> Tensor:
+    """[cos(w a), sin(w a), cos(w b), sin(w b)], a = s, b = t - s or t. See csrc/time_embedding/time_embedding.h."""
+    a, b = s.to(frequencies.dtype), t.to(frequencies.dtype)
+    angles = [each[:, None] * frequencies for each in (a, b - a if span else b)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.cos, torch.sin)], 1)

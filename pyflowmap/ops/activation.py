@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
+
+from pyflowmap import reference
 
 from .backend import direct
 from .fused import Fused, check
@@ -16,18 +15,7 @@ from .modulation import check_floating
 
 __all__ = ["KINDS", "activation", "activation_dual", "gated_unit", "gated_unit_dual"]
 
-# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often
-# as
-# asked, and without cancellation in the tails.
-_FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": lambda x: x * torch.sigmoid(x),
-    "gelu": lambda x: 0.5 * x * torch.erfc(-math.sqrt(0.5) * x),
-    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x**3)),
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
-KINDS = tuple(_FORMULAS)
+KINDS = tuple(reference.ACTIVATIONS)
 _NUMBER = {kind: i for i, kind in enumerate(KINDS)}
 
 
@@ -104,11 +92,7 @@ class _Activation(Fused):
     def value(self, options, *operands):
         a, *others = operands
         dtype = _promoted(operands)
-        wide = a.float() if a.dtype.itemsize == 2 else a
-        y = _FORMULAS[KINDS[int(options[0])]](wide)
-        for b in others:
-            y = y * b
-        return y.to(dtype)
+        return reference.activation(a, KINDS[int(options[0])], *others).to(dtype)
 
     def empty(self, options, operands, pair):
         return [torch.empty_like(operands[0], dtype=_promoted(operands)) for _ in range(1 + pair)]

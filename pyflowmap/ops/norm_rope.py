@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pyflowmap import reference
+
 from .fused import Fused, check
 from .fused_formula import above_autograd
 from .modulation import check_floating
@@ -106,13 +108,7 @@ class _NormRope(Fused):
     operands = ("x", "weight")
 
     def value(self, options, x, weight, cos, sin):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        n = x.to(wide)
-        n = weight.to(wide) * (n * (n.square().mean(-1, keepdim=True) + options[0]).rsqrt())
-        if cos is not None:
-            a, b = n.chunk(2, -1)
-            n = torch.cat([cos * a - sin * b, cos * b + sin * a], -1)
-        return n.to(x.dtype)
+        return reference.norm_rope(x, weight, cos, sin, options[0])
 
     def empty(self, options, operands, pair):
         # Contiguous: the tokens of a head, which attention walks, follow one another.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from pyflowmap import reference
+
 from .fused import Fused, check
 from .fused_formula import above_autograd
 from .modulation import check_floating, of_one_kind
@@ -91,10 +93,7 @@ class _TimeEmbedding(Fused):
     operands = ("s", "t")
 
     def value(self, options, s, t, frequencies):
-        a, b = s.to(frequencies.dtype), t.to(frequencies.dtype)
-        angles = [each[:, None] * frequencies for each in (a, b - a if options[0] else b)]
-        y = torch.cat([f(angle) for angle in angles for f in (torch.cos, torch.sin)], 1)
-        return y.to(_DTYPES[int(options[1])])
+        return reference.time_embedding(s, t, frequencies, bool(options[0])).to(_DTYPES[int(options[1])])
 
     def empty(self, options, operands, pair):
         s, _, frequencies = operands

@@ -145,7 +145,7 @@ def test_autocast(compiler, checkpoints, through):
 
 
 def test_autocast_gradients_are_those_of_the_plain_model():
-    """The tangent is only a target: then the gradient is that of the primal, the plain model's, to bfloat16's rounding."""
+    """The tangent is only a target: then the gradient is the plain model's, to bfloat16's rounding."""
     net = network(torch.float32)
     primals, tangents = point(torch.float32)
     target = torch.randn(4, 6, 4, generator=torch.Generator().manual_seed(2))
