@@ -213,3 +213,26 @@ def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, layer: bool, eps: flo
 def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     """x + gate h; gate broadcasts against x. Contract: csrc/gated_residual/gated_residual.h."""
     return x + gate * h
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """f(x) of csrc/activation/activation.h, in what torch differentiates as often as asked and without cancellation in
+    the tails; half precision by way of float32."""
+    return _ACTIVATIONS[kind](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+def gated_unit(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    """f(a) b. Contract: csrc/activation/activation.h."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (_ACTIVATIONS[kind](a.to(wide)) * b.to(wide)).to(dtype)
+
+
+_ACTIVATIONS = {  # in the order of ActivationKind
+    "silu": lambda x: x * torch.sigmoid(x),
+    "gelu": lambda x: 0.5 * x * torch.erfc(-math.sqrt(0.5) * x),
+    "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x**3)),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
