@@ -7,7 +7,7 @@ can be settled by running again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -215,9 +215,20 @@ def gated_residual(x: Tensor, gate: Tensor, h: Tensor) -> Tensor:
     return x + gate * h
 
 
-# In the order of ActivationKind (csrc/activation/activation.h). Written so that torch can differentiate them as often
-# as asked, and without cancellation in the tails.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+def activation(x: Tensor, kind: str) -> Tensor:
+    """f(x) of csrc/activation/activation.h, in what torch differentiates as often as asked and without cancellation in
+    the tails; half precision by way of float32."""
+    return _ACTIVATIONS[kind](x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
+def gated_unit(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    """f(a) b. Contract: csrc/activation/activation.h."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (_ACTIVATIONS[kind](a.to(wide)) * b.to(wide)).to(dtype)
+
+
+_ACTIVATIONS = {  # in the order of ActivationKind
     "silu": lambda x: x * torch.sigmoid(x),
     "gelu": lambda x: 0.5 * x * torch.erfc(-math.sqrt(0.5) * x),
     "gelu_tanh": lambda x: x * torch.sigmoid(math.sqrt(8.0 / math.pi) * (x + 0.044715 * x**3)),
@@ -225,12 +236,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-
-
-def activation(a: Tensor, kind: str, b: Tensor | None = None) -> Tensor:
-    """f(a), or f(a) b, before it is rounded to storage. Contract: csrc/activation/activation.h."""
-    y = ACTIVATIONS[kind](a.float() if a.dtype.itemsize == 2 else a)
-    return y if b is None else y * b
 
 
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:

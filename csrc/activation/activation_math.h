@@ -101,7 +101,7 @@ template <ActivationKind kind, class A> PFM_INLINE Jet<A> jet(A x) {
     const A slope = A(4) * d.e * scale * scale;
     return {f, slope, A(-2) * f * slope};
   } else if constexpr (kind == ActivationKind::relu) {
-    return {x <= A(0) ? A(0) : x, x <= A(0) ? A(0) : A(1), A(0)};
+    return {x < A(0) ? A(0) : x, x <= A(0) ? A(0) : A(1), A(0)};
   } else if constexpr (kind == ActivationKind::silu) {
     constexpr A limit = Limits<A>::decay;
     const Jet<A> s = logistic(x);

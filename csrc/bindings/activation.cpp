@@ -82,8 +82,8 @@ Answer run(PyObject* tuple, PyObject* kind, Activation* p, Rows* const* places, 
 PyObject* activation(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs != 2) return PyErr_Format(PyExc_TypeError, "activation takes 2 arguments, got %zd", nargs);
   Activation p;
-  Rows* const places[] = {&p.y, &p.a, &p.b, &p.da, &p.db, &p.dy};
-  return as_bool(run(args[0], args[1], &p, places, 6, 0));
+  Rows* const places[] = {&p.a, &p.b, &p.da, &p.db, &p.y, &p.dy};
+  return as_bool(run(args[0], args[1], &p, places, 6, 4));
 }
 
 PyObject* activation_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
@@ -124,12 +124,12 @@ PyObject* activate(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (results[0] && dx != Py_None) results[1] = PyObject_CallOneArg(torch().empty_like, x);
   PyObject* tuple = nullptr;
   if (results[0] && (dx == Py_None || results[1]))
-    tuple = PyTuple_Pack(6, results[0], x, Py_None, dx, Py_None, results[1] ? results[1] : Py_None);
+    tuple = PyTuple_Pack(6, x, Py_None, dx, Py_None, results[0], results[1] ? results[1] : Py_None);
   Answer answer = kError;
   if (tuple) {
     Activation p;
-    Rows* const places[] = {&p.y, &p.a, &p.b, &p.da, &p.db, &p.dy};
-    answer = run(tuple, args[2], &p, places, 6, 0);
+    Rows* const places[] = {&p.a, &p.b, &p.da, &p.db, &p.y, &p.dy};
+    answer = run(tuple, args[2], &p, places, 6, 4);
     Py_DECREF(tuple);
   }
   PyObject* found = nullptr;

@@ -23,7 +23,7 @@ PyMethodDef kernels[] = {
     {FASTCALL(update),
      "update(combinations, out) -> bool: combinations of the algebra into tensors, on the direct road only"},
     {FASTCALL(sum_of), "sum_of(a, b, factor) -> tuple | None: a + factor * b of lazy combinations"},
-    {FASTCALL(activation), "activation(tensors, kind) -> bool: (y, a, b, da, db, dy)"},
+    {FASTCALL(activation), "activation(tensors, kind) -> bool: (a, b, da, db, y, dy)"},
     {FASTCALL(activation_backward),
      "activation_backward(tensors, kind) -> bool: (a, b, da, db, gy, gdy, ga, gb, gda, gdb)"},
     {FASTCALL(activate), "activate(x, dx, kind) -> y | (y, dy) | None: the direct road"},

@@ -10,12 +10,12 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 from pyflowmap import reference
 
 from .backend import direct
-from .fused import Fused, check
-from .modulation import check_floating
+from .fused import Fused
+from .modulation import check_floating, launch, of_one_kind
 
-__all__ = ["KINDS", "activation", "activation_dual", "gated_unit", "gated_unit_dual"]
+__all__ = ["KINDS", "activate", "activation", "activation_dual", "gated_unit", "gated_unit_dual"]
 
-KINDS = tuple(reference.ACTIVATIONS)
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh")  # in the order of ActivationKind
 _NUMBER = {kind: i for i, kind in enumerate(KINDS)}
 
 
@@ -35,8 +35,14 @@ def activation(
     """
     if has_torch_function_unary(x):
         return handle_torch_function(activation, (x,), x, kind)
-    found = direct.activate(x, None, _NUMBER.get(kind, -1))
+    found = activate(x, None, kind)
     return found if found is not None else plain(*_operands("activation", kind, x=x))
+
+
+def activate(x: Tensor, dx: Tensor | None, kind: str) -> Any:
+    """f(x), or (f(x), f'(x) dx): one call of the kernel, which makes its results; None where Python must look, since
+    somebody records or watches, or x and dx differ in type."""
+    return direct.activate(x, dx, _NUMBER.get(kind, -1))
 
 
 def gated_unit(
@@ -56,18 +62,21 @@ def gated_unit(
     """
     if has_torch_function((a, b)):
         return handle_torch_function(gated_unit, (a, b), a, b, kind)
-    return gated(*_operands("gated_unit", kind, a=a, b=b))
+    options, operands = _operands("gated_unit", kind, a=a, b=b)
+    return gated(options, of_one_kind(operands))
 
 
 def activation_dual(x: Any, kind: str, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
     """(y, dy) of a tensor and its tangent (dx,)."""
-    found = direct.activate(x, tangents[0], _NUMBER.get(kind, -1)) if tangents[0] is not None else None
+    found = activate(x, tangents[0], kind) if tangents[0] is not None else None
     return found if found is not None else plain(*_operands("activation", kind, x=x), tangents, tracked)
 
 
 def gated_unit_dual(a: Any, b: Any, kind: str, *, tangents: tuple[Any, ...], tracked: bool) -> Any:
     """(y, dy) of tensors and their tangents (da, db)."""
-    return gated(*_operands("gated_unit", kind, a=a, b=b), tangents, tracked)
+    options, operands = _operands("gated_unit", kind, a=a, b=b)
+    every = of_one_kind((*operands, *tangents))
+    return gated(options, every[:2], every[2:], tracked)
 
 
 def _operands(function: str, kind: str, **operands: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
@@ -90,39 +99,24 @@ class _Activation(Fused):
     operands = ("x",)
 
     def value(self, options, *operands):
-        a, *others = operands
-        dtype = _promoted(operands)
-        return reference.activation(a, KINDS[int(options[0])], *others).to(dtype)
+        formula = reference.activation if self.count == 1 else reference.gated_unit
+        return formula(*operands, KINDS[int(options[0])])
 
     def empty(self, options, operands, pair):
         return [torch.empty_like(operands[0], dtype=_promoted(operands)) for _ in range(1 + pair)]
 
     def forward(self, module, options, operands, tangents, results):
-        a, b = _two(operands)
-        da, db = _two(tangents)
         dy = results[1] if len(results) > 1 else None
-        self._run_dense(module.activation, (results[0],), (a, b, da, db), (dy,), options)
+        given = (*_two(operands), *_two(tangents))
+        launch(self.name, module.activation, given, (results[0], dy), int(options[0]))
 
     def backward(self, module, options, operands, tangents, results, gy, gdy, needs):
         found = [None if not need else torch.empty_like(v) for v, need in zip((*operands, *tangents), needs)]
-        ga, gb = _two(found[: self.count])
-        gda, gdb = _two(found[self.count :])
         if any(x is not None for x in found):
             given = (*_two(operands), *_two(tangents), gy, gdy)
-            self._run_dense(module.activation_backward, (), given, (ga, gb, gda, gdb), options)
+            wanted = (*_two(found[: self.count]), *_two(found[self.count :]))
+            launch(self.name, module.activation_backward, given, wanted, int(options[0]))
         return found
-
-    def _run_dense(self, kernel, before, given, after, options):
-        """The kernel on the tensors as they lie or, where rows of them have gaps, on copies."""
-        kind = int(options[0])
-        if not kernel((*before, *given, *after), kind):
-            like = (*before, *after)
-            results = [None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
-            given = tuple(None if x is None else x.resolve_neg().contiguous() for x in given)
-            check(self.name, kernel((*results[: len(before)], *given, *results[len(before) :]), kind))
-            for x, result in zip((*before, *after), results):
-                if x is not None:
-                    x.copy_(result)
 
 
 class _GatedUnit(_Activation):

@@ -66,19 +66,20 @@ def launch(
     like = inputs[0]
     assert like is not None
     shape = like.shape
+    columns = shape[-1] if shape else 1
 
     def flat(x: Tensor | None) -> Tensor | None:
         if x is None:
             return None
-        return over_tokens(x, like).expand(shape).resolve_neg().reshape(-1, shape[-1]).contiguous()
+        return over_tokens(x, like).expand(shape).resolve_neg().reshape(-1, columns).contiguous()
 
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-    rows = like.numel() // shape[-1]
+    rows = like.numel() // columns
 
     def room(y: Tensor | None) -> Tensor | None:
         if y is None:
             return None
-        return torch.empty(rows, shape[-1], dtype=y.dtype if y.shape == shape else wide, device=y.device)
+        return torch.empty(rows, columns, dtype=y.dtype if y.shape == shape else wide, device=y.device)
 
     results = [room(y) for y in outputs]
     if not function((*map(flat, inputs), *results), *constants):

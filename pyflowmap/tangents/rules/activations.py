@@ -1,6 +1,7 @@
 """Activation functions. The untracked tangent is torch's own backward kernel, one pass: f'(x) is its own transpose.
 
-Some of these kernels cannot be differentiated themselves; a tracked tangent is then written out.
+Some of these kernels cannot be differentiated themselves; a tracked tangent is then written out. Where nothing is
+recorded, the commonest have value and tangent by one fused kernel, whose value differs from torch's by rounding.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from pyflowmap.ops.activation import activate
+
 from ..parts import primal, tangent
-from ..registry import rule
+from ..registry import pair, rule
+from . import unary  # noqa: F401  # the rules of sigmoid and tanh, which `pair` adds to
 from .alone import of_one
 
 aten = torch.ops.aten
@@ -172,3 +176,39 @@ def _prelu(y, input, weight):
     if dw is not None:
         change = torch.where(positive, 0.0, x * dw) + (0.0 if change is None else change)
     return change
+
+
+# ---- value and tangent at once, where autograd has nothing to see ----
+
+
+@pair("silu")
+def _silu_pair(input, inplace=False):
+    return _both(input, "silu")
+
+
+@pair("gelu")
+def _gelu_pair(input, approximate="none"):
+    return _both(input, "gelu" if approximate == "none" else "gelu_tanh") if approximate in ("none", "tanh") else None
+
+
+@pair("relu")
+def _relu_pair(input, inplace=False):
+    return _both(input, "relu")
+
+
+@pair("sigmoid", "expit")
+def _sigmoid_pair(input):
+    return _both(input, "sigmoid")
+
+
+@pair("tanh")
+def _tanh_pair(input):
+    return _both(input, "tanh")
+
+
+def _both(input, kind):
+    """In float32 alone: torch's own float64 is as accurate, and half precision rounds its value before the tangent."""
+    x = input.primal
+    if x.dtype is not torch.float32 or torch._C._is_any_autocast_enabled():
+        return None
+    return activate(x, input.tangent, kind)
