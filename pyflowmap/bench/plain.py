@@ -41,7 +41,8 @@ def plain(network: Any) -> Any:
         twin = PlainBlock.__new__(PlainBlock)
         twin.__dict__ = dict(network.__dict__)
         return twin
-    twin = type(network).__new__(type(network))
+    kind: Any = type(network)
+    twin = kind.__new__(kind)
     twin.__dict__ = {**network.__dict__, "_modules": dict(network._modules)}
     twin.blocks = torch.nn.ModuleList(plain(block) for block in network.blocks)
     return twin

@@ -37,7 +37,7 @@ class _Counter(TorchDispatchMode):
         namespace, name = func._schema.name.split("::")
         if not func.is_view and name not in _NO_WORK:
             self.names[name if namespace == "aten" else f"{namespace}::{name}"] += 1
-            seen: dict[tuple[int, int], int] = {}
+            seen: dict[Any, int] = {}
             for x in tree_leaves((args, kwargs, out)):
                 if isinstance(x, Tensor):
                     # An expanded operand is as large as its storage; one that is read and written counts twice.

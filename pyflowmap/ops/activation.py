@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from pyflowmap import reference
@@ -96,10 +97,10 @@ class _Activation(Fused):
     """ga = f' gy, and through the tangent: ga = f' gy + f'' da gdy, gda = f' gdy."""
 
     name = "activation"
-    operands = ("x",)
+    operands: tuple[str, ...] = ("x",)
 
     def value(self, options, *operands):
-        formula = reference.activation if self.count == 1 else reference.gated_unit
+        formula: Any = reference.activation if self.count == 1 else reference.gated_unit
         return formula(*operands, KINDS[int(options[0])])
 
     def empty(self, options, operands, pair):

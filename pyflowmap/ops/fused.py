@@ -12,7 +12,7 @@ computes (second gradients, vmap) is differentiated from the formula in plain to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,10 @@ class Fused:
     """
 
     name: str
+    value: Callable[..., Tensor]  # value(options, *operands): f in plain differentiable torch, the specification
     operands: tuple[str, ...]  # whose tangents and gradients exist; others (masks, angles) come after, as `fixed`
     saves_results = False  # whether backward asks for what forward returned
     sums = 0  # results after y (and dy) that backward through y asks for; those after them are for dy
-
-    def value(self, options: tuple, *operands: Maybe) -> Tensor:
-        """f in plain differentiable torch: the specification."""
-        raise NotImplementedError
 
     def empty(self, options: tuple, operands: Sequence[Maybe], pair: bool) -> list[Tensor]:
         """What forward returns, not filled: y, dy if `pair`, and what else backward needs."""
@@ -150,7 +147,7 @@ class Fused:
         """The same for an operator, which must not return what it was given."""
         found = self.run_backward(operands, tangents, options, results, gy, gdy, needs)
         given = [x for x in (gy, gdy, *operands, *tangents) if x is not None]
-        return [g.clone() if any(torch._C._is_alias_of(g, x) for x in given) else g for g in found]
+        return [g.clone() if any(torch._C._is_alias_of(g, x) for x in given) else g for g in found]  # type: ignore[attr-defined]
 
     def _fake(self, operands, tangents, options, pair):
         return self.empty(tuple(options), operands, pair)

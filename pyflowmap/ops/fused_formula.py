@@ -22,9 +22,9 @@ def directional(function: Callable, xs: Sequence[Any], dxs: Sequence[Any]) -> tu
 
     torch.func.jvp would do, but not inside another one.
     """
-    value, pull = torch.func.vjp(function, *xs)
+    value, pull = torch.func.vjp(function, *xs)  # type: ignore[misc]
     zero = pytree.tree_map(torch.zeros_like, value)
-    _, push = torch.func.vjp(pull, zero)
+    _, push = torch.func.vjp(pull, zero)  # type: ignore[misc]
     return value, push(tuple(dxs))[0]
 
 

@@ -150,7 +150,7 @@ class _Gradient(torch.autograd.Function):
                 full[i] = x
             gy, gdy, *tensors = full
             found = kernel.gradients(ctx.options, tensors[: ctx.n], tensors[ctx.n :], gy, gdy)
-            return tuple(found[i] for i in wanted)  # type: ignore[misc]
+            return tuple(found[i] for i in wanted)
 
         return gradients, [saved[i] for i in places], places
 
@@ -158,7 +158,7 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx, *grads):
         function, inputs, places = _Gradient._function(ctx)
         wanted = [i for i, need in enumerate(ctx.needs) if need]
-        values, pull = torch.func.vjp(function, *inputs)
+        values, pull = torch.func.vjp(function, *inputs)  # type: ignore[misc]
         cotangents = tuple(
             torch.zeros_like(v) if grads[i] is None else grads[i] for i, v in zip(wanted, values, strict=True)
         )

@@ -57,7 +57,7 @@ class _GatedResidual(Fused):
     name = "gated_residual"
     operands = ("x", "gate", "h")
 
-    def value(self, options, x, gate, h):  # type: ignore[override]
+    def value(self, options, x, gate, h):
         return reference.gated_residual(x, over_tokens(gate, x), h)
 
     def empty(self, options, operands, pair):

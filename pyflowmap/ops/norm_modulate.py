@@ -71,7 +71,7 @@ class _NormModulate(Fused):
     name = "norm_modulate"
     operands = ("x", "scale", "shift")
 
-    def value(self, options, x, scale, shift):  # type: ignore[override]
+    def value(self, options, x, scale, shift):
         kind, eps = options
         return reference.norm_modulate(x, over_tokens(scale, x), over_tokens(shift, x), kind == 0.0, eps)
 

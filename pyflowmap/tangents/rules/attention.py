@@ -98,7 +98,7 @@ def _plain(
         q, k, v, dq, dk, dv = (None if x is None else _wide(x) for x in (q, k, v, dq, dk, dv))
         scores = (q @ k.mT) * c
         if options["is_causal"]:
-            scores = scores.masked_fill(_later(*scores.shape[-2:], scores.device), -math.inf)
+            scores = scores.masked_fill(_later(scores.shape[-2], scores.shape[-1], scores.device), -math.inf)
         weights = _softmax(scores, mask)
         kept = weights if dropped is None else dropped.to(weights.dtype)
         result = None if dv is None else kept @ dv
