@@ -59,7 +59,7 @@ def gated_unit(
     Raises ValueError for another kind and where the shapes differ, TypeError for integers and complex numbers.
 
     >>> gated_unit(torch.tensor([-1.0, 2.0]), torch.tensor([5.0, 5.0]), "relu")
-    tensor([0., 10.])
+    tensor([ 0., 10.])
     """
     if has_torch_function((a, b)):
         return handle_torch_function(gated_unit, (a, b), a, b, kind)
