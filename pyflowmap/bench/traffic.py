@@ -12,7 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["Traffic", "traffic"]
 
-_NO_WORK = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
+_NO_WORK = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "lift_fresh",
+    "_unsafe_view",
+}
 
 
 class Traffic(NamedTuple):
