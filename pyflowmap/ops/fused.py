@@ -144,10 +144,16 @@ class Fused:
         ]
 
     def _apart(self, operands, tangents, options, results, gy, gdy, needs):
-        """The same for an operator, which must not return what it was given."""
+        """The same for an operator, which must not return what it was given, and returns what its fake promised."""
         found = self.run_backward(operands, tangents, options, results, gy, gdy, needs)
         given = [x for x in (gy, gdy, *operands, *tangents) if x is not None]
-        return [g.clone() if any(torch._C._is_alias_of(g, x) for x in given) else g for g in found]  # type: ignore[attr-defined]
+        for i, (x, need) in enumerate(zip((*operands, *tangents), needs, strict=True)):
+            if x is None or not need:
+                continue
+            promised, g = torch.empty_like(x), found[i]
+            if g.stride() != promised.stride() or any(torch._C._is_alias_of(g, x) for x in given):  # type: ignore[attr-defined]
+                found[i] = promised.copy_(g)
+        return found
 
     def _fake(self, operands, tangents, options, pair):
         return self.empty(tuple(options), operands, pair)
