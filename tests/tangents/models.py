@@ -349,7 +349,8 @@ _HEAD = """# Which models `pfm.jvp` takes as they stand
 
 Each row is a test (`tests/tangents/test_models.py`) on a small random model: its value equal to the plain model's (in
 bits; to rounding where attention runs, which is a kernel of ours), its tangent and its gradients, also through the
-tangent, equal to those of torch (`torch.func.jvp` with plain attention, or reverse mode twice where forward mode fails). The tests fail if what a model needs changes.
+tangent, equal to those of torch (`torch.func.jvp` with plain attention, or reverse mode twice where forward mode
+fails). The tests fail if what a model needs changes.
 This page is printed by `python tests/tangents/models.py`.
 
 - **Dual**: `pfm.jvp(net, primals, tangents)` as it is. `as_tensor=True` works too.
