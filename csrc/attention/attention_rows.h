@@ -104,7 +104,7 @@ class ScratchMemory {
   ScratchMemory(const ScratchMemory&) = delete;
   ScratchMemory& operator=(const ScratchMemory&) = delete;
   char* base() const {
-    return all_ ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(all_) + 63) & ~uintptr_t{63}) : nullptr;
+    return all_ ? static_cast<char*>(all_) + (64 - reinterpret_cast<uintptr_t>(all_) % 64) % 64 : nullptr;
   }
 
  private:

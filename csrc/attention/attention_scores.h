@@ -116,7 +116,7 @@ template <class A> PFM_INLINE A total(const A* lanes) {
 
 template <class A> bool has_nan(const A* s, int n) {
   bool nan = false;
-  for (int j = 0; j < n; ++j) nan |= s[j] != s[j];
+  for (int j = 0; j < n; ++j) nan |= __builtin_isnan(s[j]) != 0;
   return nan;
 }
 

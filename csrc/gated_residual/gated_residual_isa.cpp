@@ -132,21 +132,24 @@ void finish(const GatedResidualBackward& p, const ColumnSums& sums, const void* 
 
 bool is_wide(const Rows& x) { return x.dtype == DType::f64; }
 
+void run_forward(const GatedResidual& p, int64_t first, int64_t last) {
+  if (is_wide(p.y)) forward<double>(p, first, last);
+  else forward<float>(p, first, last);
+}
+
+void run_backward(const GatedResidualBackward& p, const ColumnSums& sums, void* partials, int64_t first, int64_t last) {
+  if (is_wide(p.h)) backward<double>(p, sums, partials, first, last);
+  else backward<float>(p, sums, partials, first, last);
+}
+
+void run_finish(const GatedResidualBackward& p, const ColumnSums& sums, const void* partials, int which, int64_t first,
+                int64_t last, void* space) {
+  if (is_wide(p.h)) finish<double>(p, sums, partials, which, first, last, space);
+  else finish<float>(p, sums, partials, which, first, last, space);
+}
+
 }  // namespace
 
-const GatedResidualLoops gated_residual_loops = {
-    [](const GatedResidual& p, int64_t first, int64_t last) {
-      if (is_wide(p.y)) forward<double>(p, first, last);
-      else forward<float>(p, first, last);
-    },
-    [](const GatedResidualBackward& p, const ColumnSums& sums, void* partials, int64_t first, int64_t last) {
-      if (is_wide(p.h)) backward<double>(p, sums, partials, first, last);
-      else backward<float>(p, sums, partials, first, last);
-    },
-    [](const GatedResidualBackward& p, const ColumnSums& sums, const void* partials, int which, int64_t first,
-       int64_t last, void* space) {
-      if (is_wide(p.h)) finish<double>(p, sums, partials, which, first, last, space);
-      else finish<float>(p, sums, partials, which, first, last, space);
-    }};
+const GatedResidualLoops gated_residual_loops = {run_forward, run_backward, run_finish};
 
 }  // namespace pyflowmap::PYFLOWMAP_ISA

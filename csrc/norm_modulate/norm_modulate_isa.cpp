@@ -274,22 +274,25 @@ void finish(const NormModulateBackward& p, const ColumnSums& sums, const void* p
 
 bool is_wide(const Rows& x) { return x.dtype == DType::f64; }
 
+void run_forward(const NormModulate& p, int64_t first, int64_t last, void* space) {
+  if (is_wide(p.x)) forward<double>(p, first, last, space);
+  else forward<float>(p, first, last, space);
+}
+
+void run_backward(const NormModulateBackward& p, const ColumnSums& sums, void* partials, int64_t first, int64_t last,
+                  void* space) {
+  if (is_wide(p.x)) backward<double>(p, sums, partials, first, last, space);
+  else backward<float>(p, sums, partials, first, last, space);
+}
+
+void run_finish(const NormModulateBackward& p, const ColumnSums& sums, const void* partials, int which, int64_t first,
+                int64_t last, void* space) {
+  if (is_wide(p.x)) finish<double>(p, sums, partials, which, first, last, space);
+  else finish<float>(p, sums, partials, which, first, last, space);
+}
+
 }  // namespace
 
-const NormModulateLoops norm_modulate_loops = {
-    [](const NormModulate& p, int64_t first, int64_t last, void* space) {
-      if (is_wide(p.x)) forward<double>(p, first, last, space);
-      else forward<float>(p, first, last, space);
-    },
-    [](const NormModulateBackward& p, const ColumnSums& sums, void* partials, int64_t first, int64_t last,
-       void* space) {
-      if (is_wide(p.x)) backward<double>(p, sums, partials, first, last, space);
-      else backward<float>(p, sums, partials, first, last, space);
-    },
-    [](const NormModulateBackward& p, const ColumnSums& sums, const void* partials, int which, int64_t first,
-       int64_t last, void* space) {
-      if (is_wide(p.x)) finish<double>(p, sums, partials, which, first, last, space);
-      else finish<float>(p, sums, partials, which, first, last, space);
-    }};
+const NormModulateLoops norm_modulate_loops = {run_forward, run_backward, run_finish};
 
 }  // namespace pyflowmap::PYFLOWMAP_ISA
