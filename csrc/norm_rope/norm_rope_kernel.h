@@ -211,7 +211,7 @@ static __device__ __forceinline__ void put_partial(const BackwardArguments& p, i
                                                    bool more, const Values<Width>& from) {
   if (!p.sum[which].data) return;
   const int slot = p.sums.slot[which];
-  float* const to = p.partials + (chunk * p.sums.slots + slot) * p.shape.columns;
+  float* const to = slot < 0 ? nullptr : p.partials + (chunk * p.sums.slots + slot) * p.shape.columns;
   UNROLL
   for (int i = 0; i < 2 * Width; ++i) {
     const int h = i / Width, c = column + i % Width, at = h * p.half + c;
