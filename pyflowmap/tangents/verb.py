@@ -107,6 +107,7 @@ class _Traced:
 
 
 _running, _traced = _Running(), _Traced()
+_traced.one = False  # its own from the start: guards of the first graph look whether it is there
 
 
 def _seed(name: str, x: Any, dx: Any, kind: Any, tracked: bool, fallback: str | None) -> Any:

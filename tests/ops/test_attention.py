@@ -20,6 +20,7 @@ from pyflowmap.ops import backend as backends
 from pyflowmap.ops.attention import attention
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+DEVICE = "cpu"  # where `draw` puts its tensors: the fixture `dtype` says
 
 
 def formula(
@@ -33,7 +34,7 @@ def formula(
 
 def draw(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes)
 
 
 def agree(function: Any, plain: Any, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> None:
@@ -57,11 +58,13 @@ def agree(function: Any, plain: Any, *shapes: tuple[int, ...], dtype: torch.dtyp
 
 @pytest.fixture(params=["cpu", "simt", "cuda"])
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """float64 on the CPU, float32 on the device's source, under its back end."""
+    """float64 on the CPU, float32 on a device and by the device's source, under its back end."""
     if request.param == "simt":
         request.getfixturevalue("simt")
     if request.param == "cuda":
-        pytest.skip("the kernels are compared with one another in tests/ops/test_attention_kernel.py")
+        if not (torch.cuda.is_available() and backends._HAS_CUDA):
+            pytest.skip("torch sees no CUDA device, or this build has no CUDA back end")
+        monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cuda")
     with backends.use(request.param):
         yield torch.float64 if request.param == "cpu" else torch.float32
 
@@ -106,7 +109,7 @@ def test_any_scale(dtype, scale):
 
 
 def test_causal(dtype):
-    hidden = torch.ones(19, 19, dtype=torch.bool).triu(1)
+    hidden = torch.ones(19, 19, dtype=torch.bool, device=DEVICE).triu(1)
     agree(
         lambda q, k, v: attention(q, k, v, causal=True),
         lambda q, k, v: formula(q, k, v, hidden),
@@ -118,7 +121,7 @@ def test_causal(dtype):
 @pytest.mark.parametrize("shape", [(9, 11), (2, 1, 1, 11), (1, 3, 9, 11), (2, 3, 9, 1)])
 def test_boolean_masks_hide(dtype, shape):
     """With minus infinity: not with a large number, through which hidden keys come back where all are hidden."""
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)).to(DEVICE) > 0.4
     mask[..., 0] = True
     if shape[-1] == 1:
         mask[:] = True
@@ -146,8 +149,8 @@ def test_masks_that_are_added(dtype):
 
 
 def test_lengths_of_samples(dtype):
-    lengths = torch.tensor([4, 11, 1])
-    hidden = torch.arange(11) >= lengths.reshape(-1, 1, 1, 1)
+    lengths = torch.tensor([4, 11, 1], device=DEVICE)
+    hidden = torch.arange(11, device=DEVICE) >= lengths.reshape(-1, 1, 1, 1)
     agree(
         lambda q, k, v: attention(q, k, v, lengths=lengths),
         lambda q, k, v: formula(q, k, v, hidden),
@@ -161,7 +164,7 @@ def test_lengths_of_samples(dtype):
 def test_a_query_that_sees_nothing_is_zero(dtype):
     xs, dxs = draw(*[(2, 2, 5, 8)] * 3, dtype=dtype), draw(*[(2, 2, 5, 8)] * 3, dtype=dtype, seed=1)
     xs = tuple(x.requires_grad_() for x in xs)
-    y, dy = pfm.jvp(lambda *x: attention(*x, lengths=torch.tensor([0, 3])), xs, dxs, track_tangent=True)
+    y, dy = pfm.jvp(lambda *x: attention(*x, lengths=torch.tensor([0, 3], device=DEVICE)), xs, dxs, track_tangent=True)
     assert not y[0].any() and not dy[0].any() and y[1].all()
     for g in torch.autograd.grad(y.sum() + dy.square().sum(), xs):
         assert not g[0].any() and g.isfinite().all()
