@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class FlowMap:
         """u_{s,t}(x) = (X_{s,t}(x) - x)/(t-s), and v_t(x) where s = t. Shape (B, ...)."""
         s, t = check_time(s, x, "s"), check_time(t, x, "t")
         output = self.output(x, s, t, condition)
-        if self._is_velocity and self._sign > 0:
+        if self._is_velocity and self.sign > 0:
             return output
         return evaluate(self.as_mean_velocity(output, x, s, t))
 
@@ -86,7 +86,7 @@ class FlowMap:
         """v_t(x), the velocity of the ODE: the diagonal u_{t,t}. Shape (B, ...)."""
         t = check_time(t, x)
         output = self.output(x, t, t, condition)
-        if self._is_velocity and self._sign > 0:
+        if self._is_velocity and self.sign > 0:
             return output
         return evaluate(self.as_velocity(output, x, t))
 
@@ -107,16 +107,6 @@ class FlowMap:
             )
         return output
 
-    def outputs(self, x: Tensor, s, t, conditions: Sequence[Mapping[str, Any]], batched: bool = True) -> list[Tensor]:
-        """The prediction under each of several conditions, in one network call of a larger batch or in several."""
-        if not batched or len(conditions) == 1:
-            return [self.output(x, s, t, condition) for condition in conditions]
-        count = len(conditions)
-        repeat = (count,) + (1,) * (x.dim() - 1)
-        times = (_repeat_time(s, x, count), _repeat_time(t, x, count))
-        together = {key: torch.cat([_as_rows(c, key, x) for c in conditions]) for key in conditions[0]}
-        return list(self.output(x.repeat(repeat), *times, together).chunk(count))
-
     def as_velocity(self, output: Tensor, x: Tensor, t) -> Lazy:
         return self._combine(velocity_coefficients(self.prediction, self.interpolant, t), output, x)
 
@@ -128,7 +118,7 @@ class FlowMap:
 
     def _combine(self, coefficients, output: Tensor, x: Tensor) -> Lazy:
         c_x, c_p = coefficients
-        prediction = (self._sign * c_p) * lazy(output)
+        prediction = (self.sign * c_p) * lazy(output)
         # A velocity needs no x: leave it out rather than read it with coefficient 0.
         return prediction if not isinstance(c_x, Tensor) and c_x == 0.0 else c_x * lazy(x) + prediction
 
@@ -137,7 +127,8 @@ class FlowMap:
         return self.prediction in ("mean_velocity", "velocity")
 
     @property
-    def _sign(self) -> float:
+    def sign(self) -> float:
+        """What turns the network's output to this library's direction of time: -1 for a velocity from data to noise."""
         # Data, noise and score are the same in either direction of time; a velocity is not.
         return -1.0 if self._is_velocity and getattr(self.call, "reverses_time", False) else 1.0
 
@@ -156,20 +147,3 @@ def _time_tensor(t: Any, x: Tensor) -> Tensor:
     if isinstance(t, Tensor) or is_dual(t):
         return t.expand(x.shape[0]) if t.dim() == 0 else t
     return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
-
-
-def _repeat_time(t: float | Tensor, x: Tensor, count: int) -> float | Tensor:
-    if isinstance(t, Tensor) and t.dim() > 0:
-        return t.repeat((count,) + (1,) * (t.dim() - 1))
-    return t
-
-
-def _as_rows(condition: Mapping[str, Any], key: str, x: Tensor) -> Tensor:
-    value = condition.get(key)
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != x.shape[0]:
-        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(
-            f"condition {key!r} is {shown}, not a tensor with {x.shape[0]} rows, so two conditions cannot share one "
-            "network call; pass batched=False to the guidance"
-        )
-    return value

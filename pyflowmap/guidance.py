@@ -1,14 +1,21 @@
 """Guidance: several evaluations of a network become one velocity, as an unevaluated combination.
 
-A guidance is called as `guidance(field, x, s, t, condition)`. `field(x, s, t, conditions, batched)` evaluates the
-network under each condition and returns one lazy velocity (or mean velocity) per condition; the guidance returns one
-lazy. What it returns is folded into the solver's next update and so costs no pass over memory of its own.
+A guidance is an object that a run asks three things:
+
+    conditions(condition)   the conditions it will name, as a tuple; the first is the caller's own
+    slots(condition)        how many of them share one network call (1: each has its own)
+    begin()                 itself, or for a guidance that remembers, a fresh copy for one run
+
+and then, for each evaluation of the field, `guidance(ask, x, s, t)`. x is the state on the linear path, lazy; s and t
+are linear times (t = s where a velocity is asked for). `ask(0, 1)` evaluates the network under conditions 0 and 1 and
+returns one lazy velocity (of a jump: mean velocity) each; `ask(0, model=other)` asks another flow map. The guidance
+returns one lazy. It is folded into the solver's next update and so costs no pass over memory of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +24,56 @@ from torch import Tensor
 
 from .algebra import Lazy
 
-__all__ = ["cfg"]
+__all__ = ["Guidance", "cfg", "without"]
 
-Field = Callable[[Tensor, float, float, Sequence[Mapping[str, Any]], bool], list[Lazy]]
+Ask = Callable[..., list[Lazy]]
+
+
+class Guidance:
+    """What every guidance has; the defaults are those of one that asks for the caller's condition alone."""
+
+    def conditions(self, condition: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+        return (condition,)
+
+    def slots(self, condition: Mapping[str, Any]) -> int:
+        return 1
+
+    def begin(self) -> Guidance:
+        return self
+
+    def idle(self, times: list[float]) -> int:
+        """How many of the first steps leave the state as it is (CFG-Zero*'s zero-init)."""
+        return 0
+
+    def __call__(self, ask: Ask, x: Lazy, s: float, t: float) -> Lazy:
+        raise NotImplementedError
+
+
+def without(condition: Mapping[str, Any], null: Mapping[str, Any]) -> dict[str, Any]:
+    """`condition` with the null values in place: numbers fill the shape of the condition's tensor, tensors are used as
+    they are, None drops the key."""
+    unknown = [key for key in null if key not in condition]
+    if unknown:
+        raise ValueError(
+            f"null names {unknown[0]!r} but the condition has {sorted(condition) or 'nothing'}; "
+            f'pass condition={{"{unknown[0]}": ...}}'
+        )
+    result = dict(condition)
+    for key, value in null.items():
+        given = condition[key]
+        if value is None:
+            del result[key]
+        elif isinstance(given, Tensor) and not isinstance(value, Tensor):
+            result[key] = torch.full_like(given, value)
+        elif isinstance(value, Tensor) and isinstance(given, Tensor):
+            result[key] = value.to(given).expand_as(given)
+        else:
+            result[key] = value
+    return result
 
 
 @dataclass(frozen=True)
-class cfg:
+class cfg(Guidance):
     """Classifier-free guidance, v = v_null + scale (v_cond - v_null). Ho & Salimans 2022, eq. 6.
 
     scale     1 is no guidance (and one network evaluation); larger leans on the condition
@@ -57,29 +107,14 @@ class cfg:
         outside = self.interval is not None and not self.interval[0] <= s <= self.interval[1]
         return 1 if self.scale == 1.0 or outside else 2
 
-    def without(self, condition: Mapping[str, Any]) -> dict[str, Any]:
-        """`condition` with the null values in place."""
-        unknown = [key for key in self.null if key not in condition]
-        if unknown:
-            raise ValueError(
-                f"null names {unknown[0]!r} but the condition has {sorted(condition) or 'nothing'}; "
-                f'pass condition={{"{unknown[0]}": ...}}'
-            )
-        result = dict(condition)
-        for key, value in self.null.items():
-            given = condition[key]
-            if value is None:
-                del result[key]
-            elif isinstance(given, Tensor) and not isinstance(value, Tensor):
-                result[key] = torch.full_like(given, value)
-            elif isinstance(value, Tensor) and isinstance(given, Tensor):
-                result[key] = value.to(given).expand_as(given)
-            else:
-                result[key] = value
-        return result
+    def conditions(self, condition: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+        return (condition, without(condition, self.null))
 
-    def __call__(self, field: Field, x: Tensor, s: float, t: float, condition: Mapping[str, Any]) -> Lazy:
+    def slots(self, condition: Mapping[str, Any]) -> int:
+        return 2 if self.batched and self.scale != 1.0 else 1
+
+    def __call__(self, ask: Ask, x: Lazy, s: float, t: float) -> Lazy:
         if self.evaluations(s) == 1:
-            return field(x, s, t, (condition,), False)[0]
-        conditional, null = field(x, s, t, (condition, self.without(condition)), self.batched)
+            return ask(0)[0]
+        conditional, null = ask(0, 1)
         return null + self.scale * (conditional - null)

@@ -63,6 +63,28 @@ class Interpolant:
         """d sigma / dt."""
         raise NotImplementedError
 
+    # ---- the linear path through the same points: x = X/(alpha + sigma), t = alpha/(alpha + sigma) -------------------
+
+    def scale(self, r):
+        """alpha + sigma: X on this path is scale(r) times its point on the linear path."""
+        return self.alpha(r) + self.sigma(r)
+
+    def linear_time(self, r):
+        """t = alpha/(alpha + sigma): the linear path's time for this path's time r."""
+        return self.alpha(r) / self.scale(r)
+
+    def model_time(self, t):
+        """The inverse of `linear_time`. Here by bisection, of a float; subclasses have closed forms."""
+        if isinstance(t, Tensor):
+            raise NotImplementedError(
+                f"{type(self).__name__} has no model_time of a tensor; define it for per-sample times"
+            )
+        low, high = 0.0, 1.0
+        for _ in range(80):
+            middle = 0.5 * (low + high)
+            low, high = (middle, high) if self.linear_time(middle) < t else (low, middle)
+        return 0.5 * (low + high)
+
     def draw(
         self,
         x1: Tensor,  # (B, ...) data
@@ -114,6 +136,15 @@ class Linear(Interpolant):
     def sigma_derivative(self, t):
         return -torch.ones_like(t) if isinstance(t, Tensor) else -1.0
 
+    def scale(self, r):
+        return torch.ones_like(r) if isinstance(r, Tensor) else 1.0
+
+    def linear_time(self, r):
+        return r
+
+    def model_time(self, t):
+        return t
+
 
 @dataclass(frozen=True)
 class Trigonometric(Interpolant):
@@ -134,6 +165,10 @@ class Trigonometric(Interpolant):
 
     def sigma_derivative(self, t):
         return -0.5 * math.pi * self.alpha(t)
+
+    def model_time(self, t):
+        angle = torch.atan2(t, 1.0 - t) if isinstance(t, Tensor) else math.atan2(t, 1.0 - t)
+        return angle * (2.0 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -177,3 +212,13 @@ class VariancePreserving(Interpolant):
                 f"sigma_derivative is infinite at t = {t} on the variance-preserving path; stop below 1, e.g. 0.9999"
             )
         return -self.alpha(t) * self.alpha_derivative(t) / self.sigma(t)
+
+    def model_time(self, t):
+        # sigma/alpha = (1-t)/t = S, alpha^2 = 1/(1 + S^2); -log alpha is a quadratic of the remaining time.
+        tensor = isinstance(t, Tensor)
+        ratio = (1.0 - t) / t if tensor or t > 0.0 else math.inf
+        rate = 0.5 * (torch.log1p(ratio * ratio) if tensor else math.log1p(ratio * ratio))
+        half, slope = 0.5 * self.beta_min, 0.25 * (self.beta_max - self.beta_min)
+        root = half * half + 4.0 * slope * rate
+        root = torch.sqrt(root) if tensor else math.sqrt(root)
+        return 1.0 - 2.0 * rate / (half + root)

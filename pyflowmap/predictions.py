@@ -24,7 +24,13 @@ from torch import Tensor
 
 from .interpolants import Interpolant, Linear
 
-__all__ = ["PREDICTIONS", "velocity_coefficients", "jump_coefficients", "mean_velocity_coefficients"]
+__all__ = [
+    "PREDICTIONS",
+    "velocity_coefficients",
+    "linear_velocity_coefficients",
+    "jump_coefficients",
+    "mean_velocity_coefficients",
+]
 
 PREDICTIONS = ("mean_velocity", "velocity", "data", "noise", "ddpm_v", "score")
 Pair = tuple[Any, Any]  # (c_x, c_p): floats or tensors of the times' shape
@@ -61,6 +67,30 @@ def velocity_coefficients(prediction: str, path: Interpolant, t) -> Pair:
     ratio = _divide(da, a, prediction, t)
     c_noise = dg - g * ratio
     return (ratio, c_noise) if prediction == "noise" else (ratio, -g * c_noise)
+
+
+def linear_velocity_coefficients(prediction: str, path: Interpolant, t) -> Pair:
+    """(c_x, c_p) with b = x1 - x0 = c_x x + c_p P at time t: the velocity of the linear path through the same point.
+
+    x1 and x0 are the data and noise predictions at (x, t). On the linear path this is `velocity_coefficients`. From a
+    velocity v = a' x1 + g' x0, with w = a g' - a' g:  b = ((a' + g') x - (a + g) v) / w.
+    """
+    if isinstance(path, Linear):
+        return velocity_coefficients(prediction, path, t)
+    a, g = path.alpha(t), path.sigma(t)
+    if prediction in ("velocity", "mean_velocity"):
+        da, dg = path.alpha_derivative(t), path.sigma_derivative(t)
+        w = a * dg - da * g
+        return (da + dg) / w, -(a + g) / w
+    if prediction == "data":
+        inverse = _divide(1.0, g, prediction, t)
+        return -inverse, 1.0 + a * inverse
+    if prediction == "ddpm_v":
+        n = a * a + g * g
+        return (a - g) / n, -(a + g) / n
+    inverse = _divide(1.0, a, prediction, t)
+    c_noise = -1.0 - g * inverse
+    return (inverse, c_noise) if prediction == "noise" else (inverse, -g * c_noise)
 
 
 def jump_coefficients(prediction: str, path: Interpolant, s, t) -> Pair:

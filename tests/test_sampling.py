@@ -8,6 +8,7 @@ from pyflowmap import solvers
 from pyflowmap.algebra import Lazy, evaluate, lazy
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.guidance import cfg
+from pyflowmap.interpolants import Interpolant, Trigonometric, VariancePreserving
 from pyflowmap.sampling import sample
 
 ORACLE = Gaussian()
@@ -41,7 +42,10 @@ def test_order_of_convergence(solver, order):
     def run(grid):
         if isinstance(solver, str):
             return solvers.integrate(
-                {"ab2": ab2, "ab3": ab3}[solver], lambda x, t: lazy(Mixture().velocity(x, t)), start, grid
+                {"ab2": ab2, "ab3": ab3}[solver],
+                lambda argument, x, t: lazy(Mixture().velocity(argument, t)),
+                start,
+                grid,
             )
         return solver(Mixture().velocity, start, grid)
 
@@ -112,8 +116,8 @@ def test_the_noise_is_never_written_and_networks_may_return_their_input():
     x0 = torch.randn(3, 4)
     kept = x0.clone()
     for step in (solvers.euler.step, solvers.heun.step, ab2, ab3):
-        same = solvers.integrate(step, lambda x, t: lazy(x), x0, uniform(6))
-        fresh = solvers.integrate(step, lambda x, t: lazy(x.clone()), x0, uniform(6))
+        same = solvers.integrate(step, lambda argument, x, t: lazy(argument), x0, uniform(6))
+        fresh = solvers.integrate(step, lambda argument, x, t: lazy(argument.clone()), x0, uniform(6))
         torch.testing.assert_close(same, fresh)
         assert torch.equal(x0, kept)
 
@@ -124,7 +128,9 @@ def test_stages_do_not_share_a_buffer():
         return 1.0 * a + 10.0 * b, memory
 
     x0 = torch.randn(3, 4)
-    torch.testing.assert_close(solvers.integrate(two_stages, lambda x, t: lazy(x), x0, [0.0, 1.0]), 32.0 * x0)
+    torch.testing.assert_close(
+        solvers.integrate(two_stages, lambda argument, x, t: lazy(argument), x0, [0.0, 1.0]), 32.0 * x0
+    )
 
 
 def test_the_loop_allocates_once(monkeypatch):
@@ -136,11 +142,11 @@ def test_the_loop_allocates_once(monkeypatch):
         return evaluate(*combinations, out=out, dtype=dtype)
 
     monkeypatch.setattr(driver, "evaluate", spy)
-    solvers.integrate(ab2, lambda x, t: lazy(-x), torch.randn(3, 4), uniform(10))
+    solvers.integrate(ab2, lambda argument, x, t: lazy(-argument), torch.randn(3, 4), uniform(10))
     assert len(outs) == 10  # one launch per step: state and memory together
     assert len({pointer for pair in outs for pointer in pair}) == 4  # two rings of two
     outs.clear()
-    solvers.integrate(solvers.heun.step, lambda x, t: lazy(-x), torch.randn(3, 4), uniform(10))
+    solvers.integrate(solvers.heun.step, lambda argument, x, t: lazy(-argument), torch.randn(3, 4), uniform(10))
     assert len(outs) == 20 and len({p for pair in outs for p in pair}) == 4
 
 
@@ -287,9 +293,8 @@ def test_interval_and_scale_one_cost_one_evaluation():
 
 def test_guidance_stays_unevaluated():
     guide = cfg(3.0, null={"label": 10})
-    made = guide(
-        lambda x, s, t, conditions, batched: [lazy(x), lazy(2 * x)], torch.ones(2, 3), 0.0, 1.0, {"label": LABEL}
-    )
+    x = torch.ones(2, 3)
+    made = guide(lambda *which: [lazy((i + 1) * x) for i in which], lazy(x), 0.0, 1.0)
     assert isinstance(made, Lazy)
     torch.testing.assert_close(evaluate(made), torch.full((2, 3), -1.0))
 
@@ -315,3 +320,164 @@ def test_guidance_stays_unevaluated():
 def test_bad_guidance(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+# ---- other paths -------------------------------------------------------------------------------------------------
+
+PATHS = [Trigonometric(), VariancePreserving()]
+
+
+def on_path(path, kind):
+    """The Gaussian oracle as a network on `path`: the same data and noise predictions at x/(alpha + sigma)."""
+
+    def network(x, r):
+        r = r.double().reshape(-1, 1)
+        t, x = path.linear_time(r), x / path.scale(r)
+        x1 = ORACLE.data(x, t)
+        x0 = (x - t * x1) / (1.0 - t)
+        a, g, n = path.alpha(r), path.sigma(r), path.alpha(r) ** 2 + path.sigma(r) ** 2
+        return {
+            "velocity": lambda: path.alpha_derivative(r) * x1 + path.sigma_derivative(r) * x0,
+            "data": lambda: x1,
+            "noise": lambda: x0,
+            "score": lambda: -x0 / g,
+            "ddpm_v": lambda: a * x0 - g * x1,  # n = 1 on these paths
+        }[kind]() + 0.0 * n
+
+    return FlowMap(network, prediction=kind, interpolant=path)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "data", "noise", "score", "ddpm_v"])
+@pytest.mark.parametrize("path", PATHS, ids=["trigonometric", "vp"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_every_path_is_the_linear_one(path, kind, solver):
+    r = [0.1, 0.3, 0.55, 0.9]
+    t = [path.linear_time(each) for each in r]
+    x = torch.randn(4, 3, dtype=torch.float64)
+    expected = solvers.named[solver](lambda x, t: ORACLE.velocity(x, t), x / path.scale(r[0]), t) * path.scale(r[-1])
+    got = sample(on_path(path, kind), x, grid=r, solver=solver)
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)  # the network's times are float32
+    seen = []
+    sample(on_path(path, kind), x, grid=r, solver=solver, callback=seen.append)
+    assert [round(each["t"], 9) for each in seen] == r[1:]
+    torch.testing.assert_close(seen[-1]["x"], got)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["trigonometric", "vp"])
+def test_linear_time_and_its_inverse(path):
+    for r in (0.0, 1e-3, 0.2, 0.5, 0.9, 0.999, 1.0):
+        t = path.linear_time(r)
+        assert path.model_time(t) == pytest.approx(r, abs=1e-12)
+        assert float(path.model_time(torch.tensor(t, dtype=torch.float64))) == pytest.approx(r, abs=1e-9)
+        assert Interpolant.model_time(path, t) == pytest.approx(r, abs=1e-9)  # bisection
+
+
+def test_heun_ends_with_euler_where_there_is_no_velocity():
+    fm = FlowMap(lambda x, s: ORACLE.data(x, s.double().reshape(-1, 1)), prediction="data")
+    x = torch.randn(4, 3, dtype=torch.float64)
+    middle = sample(fm, x, grid=[0.0, 0.5], solver="heun")
+    torch.testing.assert_close(sample(fm, x, 2, solver="heun"), ORACLE.data(middle, 0.5), rtol=1e-6, atol=1e-6)
+
+
+# ---- half precision, slots, noise, checkpoints, NaN ----------------------------------------------------------------
+
+
+def test_the_state_stays_float32_under_a_half_precision_network():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(6, 6).bfloat16()
+    seen = []
+
+    def call(network, x, s, t, condition):
+        seen.append(x.dtype)
+        return network(x)
+
+    fm = FlowMap(network, prediction="velocity", call=call)
+    x = torch.randn(5, 6)
+    out = sample(fm, x, 200, solver="euler")
+    by_hand = x
+    for _ in range(200):
+        by_hand = by_hand + 0.005 * network(by_hand.bfloat16()).float()
+    assert set(seen) == {torch.bfloat16} and out.dtype == torch.float32
+    torch.testing.assert_close(out, by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_guided_arguments_are_written_into_slots(monkeypatch):
+    """Two conditions share a call without a copy: the launch that makes the state makes both halves."""
+    launches = []
+    from pyflowmap.solvers import driver
+
+    monkeypatch.setattr(driver, "evaluate", lambda *c, **k: launches.append(len(c)) or evaluate(*c, **k))
+    seen = []
+
+    def network(x, s, t, label):
+        seen.append(x.data_ptr())
+        assert torch.equal(x[:2], x[2:]) and torch.equal(label, torch.tensor([0, 3, 10, 10]))
+        return labelled(x, s, t, label)
+
+    sample(FlowMap(network), torch.randn(2, 3), 4, guidance=cfg(3.0, null={"label": 10}), condition={"label": LABEL})
+    assert launches == [2, 2, 2, 2, 1]  # the first argument; then state and both halves; the last state alone
+    assert len(set(seen)) <= 3
+
+
+def noisy(velocity, x, s, t, memory):
+    return x + (t - s) * velocity(x, s) + 0.1 * velocity.noise(), memory
+
+
+@pytest.mark.parametrize("grad", [False, True, "checkpoint"])
+def test_noise_of_steps_depends_on_seed_and_sample_alone(grad):
+    whole = sample(FLOW, (8, 5), 3, seed=3, solver=noisy, grad=grad)
+    ids = torch.tensor([6, 0, 3])
+    assert torch.equal(sample(FLOW, (3, 5), 3, seed=3, sample_ids=ids, solver=noisy), whole[ids])
+    assert not torch.equal(whole, sample(FLOW, (8, 5), 3, seed=4, solver=noisy))
+    assert not torch.equal(sample(FLOW, (8, 5), 3, solver=noisy), sample(FLOW, (8, 5), 3, solver=noisy))
+
+
+@pytest.mark.parametrize("step", [noisy, ab3], ids=["noisy", "ab3"])
+def test_checkpointing_gives_the_same_gradient(step):
+    grads = []
+    for grad in (True, "checkpoint"):
+        w = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        x0 = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(3, 4).requires_grad_()
+        fm = FlowMap(lambda x, s, w=w: torch.tanh(w * x), prediction="velocity")
+        sample(fm, x0, 5, solver=step, grad=grad, seed=1).square().sum().backward()
+        grads.append((x0.grad, w.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_nan_names_its_samples_and_spares_the_others():
+    def network(x, s, t):
+        bad = (s >= 0.5) & (torch.arange(len(x)) == 1)
+        return torch.where(bad.reshape(-1, 1), torch.nan, 1.0) * torch.ones_like(x)
+
+    with pytest.raises(FloatingPointError, match=r"sample 1 \(of 3\).*step 3 of 4"):
+        sample(FlowMap(network), torch.zeros(3, 2), 4)
+    with pytest.warns(RuntimeWarning, match=r"sample 1 \(of 3\).*step 3 of 4"):
+        out = sample(FlowMap(network), torch.zeros(3, 2), 4, on_nan="keep")
+    assert torch.equal(out[[0, 2]], torch.ones(2, 2)) and out[1].isnan().all()
+
+
+def test_a_budget_of_evaluations():
+    calls = []
+    fm = FlowMap(lambda x, s, t: calls.append(1) or 0 * x)
+    sample(fm, torch.zeros(1, 2), solver="heun", nfe=6)
+    assert len(calls) == 6
+    with pytest.raises(ValueError, match="nfe = 7 can't be met: heun takes 2 evaluations per step; 6 or 8 can"):
+        sample(fm, torch.zeros(1, 2), solver="heun", nfe=7)
+    with pytest.raises(ValueError, match="nfe = 1 can't be met.*; 2 can"):
+        sample(fm, torch.zeros(1, 2), solver="heun", nfe=1)
+    with pytest.raises(ValueError, match="with a grid"):
+        sample(fm, torch.zeros(1, 2), solver="heun", nfe=2, grid=[0.0, 1.0])
+
+
+def test_options_of_a_solver():
+    @solvers.solver(order=1, nfe=1)
+    def scaled(velocity, x, s, t, memory, *, by=1.0):
+        return x + (by * (t - s)) * velocity(x, s), memory
+
+    x = torch.zeros(2, 3)
+    assert float(scaled(lambda x, t: torch.ones_like(x), x, [0.0, 1.0], by=3.0)[0, 0]) == 3.0
+    assert float(sample(FlowMap(lambda x, s, t: torch.ones_like(x)), x, 2, solver=scaled.using(by=2.0))[0, 0]) == 2.0
+    with pytest.raises(TypeError, match="no option 'bye'; it has by"):
+        scaled.using(bye=2.0)
+    with pytest.raises(TypeError, match="heun has no option 'alpha'; it has none"):
+        solvers.heun.using(alpha=2.0)

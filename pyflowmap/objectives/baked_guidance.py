@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..algebra import evaluate, lazy
 from ..flow_map import FlowMap
-from ..guidance import cfg
+from ..guidance import cfg, without
 from ..times import uniform
 from .loss import frozen_teacher
 
@@ -57,7 +57,7 @@ class baked_guidance:
         self, flow_map: FlowMap, x: Tensor, s: Tensor, velocity: Tensor, condition: dict[str, Any], seed: int | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """(b_g, the condition with rows dropped)."""
-        null = cfg(self.omega, null=self.null).without(condition)
+        null = without(condition, self.null)
         dropped = uniform(s, seed=None if seed is None else seed + 2) < self.drop
         kept = self._dropped(condition, null, dropped) if self.drop > 0.0 else condition
         guided = ~dropped

@@ -5,12 +5,13 @@ def ab2(velocity, x, s, t, old):
     return (x + h * v if old is None else x + h * (1.5 * v - 0.5 * old)), v
 """
 
-from .driver import Solver, integrate, solver
-from .euler import euler
+from .buffers import Port
+from .driver import integrate
 from .flow_map import flow_map
-from .heun import heun
+from .runge_kutta import euler, heun
+from .solver import Solver, solver, time_grid
 
-__all__ = ["Solver", "integrate", "solver", "euler", "flow_map", "heun"]
+__all__ = ["Port", "Solver", "integrate", "solver", "time_grid", "euler", "flow_map", "heun"]
 
 named = {each.name: each for each in (euler, heun, flow_map)}
 """What `sample(solver="...")` accepts."""

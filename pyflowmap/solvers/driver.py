@@ -1,209 +1,269 @@
-"""The one loop under every solver: it settles what a step returns, and owns grid, buffers, callback and NaN report.
+"""The one loop under every solver: it settles what a step returns, and owns grid, buffers, noise, callback, NaN report.
 
 A step is `step(velocity, x, s, t, memory) -> (x_next, memory)`. x is lazy; `velocity(argument, time)` evaluates its
 argument in one launch and returns a lazy; x_next is lazy. `memory` is None before the first step, afterwards what
 the last step returned: None, a lazy, or a tuple of lazies and plain values; its lazies are evaluated in the launch that
 evaluates x_next. Without gradients everything goes into buffers allocated once.
+
+    velocity.noise()    a standard normal field, another one at each call, drawn inside the launch that uses it
+    velocity.end        the last time of the run
+    velocity.singular   times at which there is no velocity: the data end for a network that predicts data
 """
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ..algebra import Lazy, evaluate, lazy
+from ..algebra import Lazy, evaluate, lazy, noise
+from .buffers import Memory, Packed, Port
+from .solver import Solver, time_grid
 
-__all__ = ["Solver", "integrate", "solver", "time_grid"]
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A step and what is known of it. Called as `heun(velocity, x, grid)` it runs under `integrate`."""
-
-    step: Callable
-    name: str
-    order: int | None  # of convergence; None: exact up to the model
-    nfe: int  # network evaluations per step
-    takes: str = "velocity"  # or "jump": what the step's first argument is
-
-    def __post_init__(self):
-        if self.takes not in ("velocity", "jump"):
-            raise ValueError(f'takes = {self.takes!r}; a step takes "velocity" or "jump"')
-
-    def __call__(self, field: Callable, x: Tensor, grid: Sequence[float] | Tensor, **options) -> Tensor:
-        """Integrate `field`: velocity(x, t) -> tensor, or jump(x, s, t) -> tensor, along `grid`. See `integrate`."""
-        return integrate(self.step, lambda *arguments: lazy(field(*arguments)), x, grid, **options)
+__all__ = ["Noise", "integrate"]
 
 
-def solver(*, order: int | None = None, nfe: int = 1, takes: str = "velocity") -> Callable[[Callable], Solver]:
-    """Decorator that makes a Solver of a step function."""
+class Noise:
+    """The normal fields of one run: its k-th (from 0) is stream k + 1; stream 0 is the noise that sampling starts from.
 
-    def wrap(step: Callable) -> Solver:
-        made = Solver(step, step.__name__, order, nfe, takes)
-        object.__setattr__(made, "__doc__", step.__doc__)
-        return made
+    A number depends on (seed, sample id, k, element) alone: not on the batch, the device or the steps' own work.
+    """
 
-    return wrap
+    def __init__(self, seed: int | Tensor | None = None, sample_ids: Tensor | None = None) -> None:
+        self.seed, self.sample_ids = seed, sample_ids
 
-
-def time_grid(grid: Sequence[float] | Tensor) -> list[float]:
-    """`grid` as Python floats, once. Raises unless it is strictly monotone, finite, of two or more times."""
-    values = grid.detach().double().cpu() if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
-    if values.dim() != 1 or len(values) < 2:
-        raise ValueError(
-            f"grid has shape {tuple(values.shape)}; it is one row of at least two times, e.g. [0.0, 0.5, 1.0]"
-        )
-    times = values.tolist()
-    bad = next((t for t in times if not math.isfinite(t)), None)
-    if bad is not None:
-        raise ValueError(f"grid contains {bad}; times are finite, 0 = noise to 1 = data")
-    steps = [b - a for a, b in pairwise(times)]
-    if not (all(h > 0 for h in steps) or all(h < 0 for h in steps)):
-        raise ValueError(f"grid {_short(times)} is not strictly monotone; each time must lie beyond the one before")
-    return times
+    def source(self, like: Tensor) -> Source:
+        """Hands out the fields one after the other, from the first."""
+        return Source(self, like)
 
 
-def _short(times: list[float]) -> str:
-    shown = ", ".join(f"{t:.6g}" for t in times[:6])
-    return f"[{shown}{', ...' if len(times) > 6 else ''}]"
+class Source:
+    def __init__(self, noise: Noise, like: Tensor) -> None:
+        self.noise, self.like, self.stream = noise, like, 0
 
-
-class _Buffers:
-    """Buffers by role, allocated at first use. A role alternates between two, so a step may read the old one."""
-
-    def __init__(self, like: Tensor, reuse: bool):
-        self.like, self.reuse, self.turn = like, reuse, 0
-        self.held: dict[Any, Tensor] = {}
-
-    def take(self, role: Any) -> Tensor | None:
-        if not self.reuse:
-            return None
-        key = (role, self.turn % 2)
-        if key not in self.held:
-            self.held[key] = torch.empty_like(self.like)
-        return self.held[key]
+    def __call__(self) -> Lazy:
+        self.stream += 1
+        of = self.noise
+        if of.seed is None:  # once, so that a second look at the same run sees the same fields
+            of.seed = int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+        return noise(self.like, seed=of.seed, sample_ids=of.sample_ids, stream=self.stream)
 
 
 def integrate(
-    step: Callable,
+    solver: Solver | Callable,
     field: Callable[..., Lazy],
     x: Tensor,  # (B, ...) the state at grid[0]; never written to
     grid: Sequence[float] | Tensor,
     *,
-    grad: bool = False,
+    port: Port = Port(),
+    seed: int | Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    grad: bool | str = False,
     callback: Callable[[dict], None] | None = None,
     progress: bool = False,
     trajectory: bool = False,
-) -> Tensor:
-    """Run `step` along `grid`; return the last state, or all of them as (steps + 1, B, ...) with `trajectory`.
+    on_nan: str = "raise",
+) -> Any:
+    """Run `solver`, or a bare step, along `grid`; return the last state, or all as (steps + 1, B, ...) with
+    `trajectory`.
 
-    field       evaluates a tensor and times to a lazy: velocity(x, t) or jump(x, s, t)
-    grad        record for backward; every step then allocates
+    field       field(argument, x, t) or field(argument, x, s, t): the velocity or jump as a lazy. `argument` is what
+                the network sees (see Port), `x` the same point as a lazy
+    seed, sample_ids  of the noise that stochastic steps draw
+    grad        record for backward; every step then allocates. "checkpoint": keep the states only, and run each step
+                again in backward
     callback    called after each step with {"step", "steps", "s", "t", "x", "nfe"}; x is the caller's to keep
+    on_nan      "raise": FloatingPointError naming step and samples. "keep": a warning; the other samples are unharmed
 
-    Raises FloatingPointError naming the step where the state stopped being finite. The state is looked at once, after
-    the last step: only if it is bad are the steps rerun to find the first bad one, so the loop itself never waits for
-    the device. During CUDA graph capture nothing is looked at.
+    The state is looked at once, after the last step: only if it is bad are the steps rerun to find the first bad one,
+    so the loop itself never waits for the device. During CUDA graph capture nothing is looked at.
     """
+    if on_nan not in ("raise", "keep"):
+        raise ValueError(f'on_nan = {on_nan!r}; it is "raise" or "keep"')
+    if grad not in (False, True, "checkpoint"):
+        raise ValueError(f'grad = {grad!r}; it is False, True or "checkpoint"')
     times = time_grid(grid)
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}; the state is a floating-point tensor (B, ...)")
-    with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-        states = _run(step, field, x, times, grad, callback, progress, trajectory)
-        last = states[-1]
+    if not isinstance(solver, Solver):
+        solver = Solver(solver, getattr(solver, "__name__", "step"), None, 1)
+    run = solver.loop or _run
+    draws = Noise(seed, sample_ids)
+    with torch.set_grad_enabled(bool(grad) and torch.is_grad_enabled()):
+        result = run(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
+        last = result if isinstance(result, Tensor) else result[0]
+        if trajectory:
+            last = last[-1]
         capturing = last.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing and not torch.compiler.is_compiling() and not _finite(last):
-            _report(step, field, x, times)
-        return states if trajectory else last
+            _report(run, solver, field, x, times, port, draws, on_nan, last)
+        return result
 
 
-def _run(step, field, x, times, grad, callback, progress, trajectory):
-    steps = len(times) - 1
-    buffers = _Buffers(x, reuse=not grad)
-    kept = torch.empty((steps + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory and not grad else None
-    states = [x]
+def _run(solver, field, x, times, port, draws, grad, callback, progress, trajectory):
+    times = solver.visits(times)
+    if grad:
+        return _recorded(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
+    step, scale, steps = solver.configured, port.scale, len(times) - 1
+    cast = port.dtype is not None and port.dtype != x.dtype
+    apart = cast or trajectory or callback is not None  # the state is not the network's argument
+    rings = [None, None]  # of the state as the network's argument, one to read and one to write
+    states = [None, None]
+    stages: list[list[Packed]] = [[], []]
+    kept = torch.empty((steps + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if kept is not None:
         kept[0].copy_(x)
-    nfe = stage = 0
-    state, memory = lazy(x), None
+    memories = Memory(x, reuse=True)
+    memory = None
+    nfe = stage = turn = 0
+    start = times[0]
+    state = lazy(x) if scale is None else lazy(x) * (1.0 / scale(start))
+    current: Tensor | None = x if port.slots == 1 and not cast else None
 
-    def evaluated_field(argument, *at):
-        nonlocal nfe, stage
+    def velocity(argument, *at):
+        nonlocal nfe, stage, current
         nfe += 1
-        if argument is state:  # the state itself: already a tensor
-            return field(states[-1], *at)
+        if argument is state:
+            if current is None:  # the first one: later ones are written with the state
+                packed = Packed.empty(x, port)
+                _write((state if scale is None else state * scale(at[0]),) * port.slots, packed.parts)
+                current = packed.whole
+            return field(current, state, *at)
+        mine = stages[turn]
+        if stage == len(mine):
+            mine.append(Packed.empty(x, port))
+        whole, parts = mine[stage]
         stage += 1
-        return field(_settle((argument,), (buffers.take(("stage", stage)),))[0], *at)
+        if scale is not None:
+            factor = scale(at[0])
+            _write((argument * factor,) * len(parts), parts)
+            return field(whole, argument if cast else lazy(parts[0]) * (1.0 / factor), *at)
+        _write((argument,) * len(parts), parts)
+        return field(whole, argument if cast else lazy(parts[0]), *at)
+
+    velocity.noise, velocity.end, velocity.singular = draws.source(x), times[-1], port.singular
+    pairs = list(pairwise(times))
+    if progress:
+        from tqdm.auto import tqdm
+
+        pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
+    plain = not apart and port.slots == 1
+    for k, (s, t) in enumerate(pairs):
+        turn, stage = k & 1, 0
+        x_next, returned = step(velocity, state, s, t, memory)
+        if type(x_next) is not Lazy:
+            _refuse_state(x_next)
+        factor = 1.0 if scale is None else scale(t)
+        if factor != 1.0:
+            x_next = x_next * factor
+        if plain and returned is None:  # one output, the commonest step
+            buffer = states[turn]
+            if buffer is None:
+                buffer = states[turn] = torch.empty_like(x)
+            evaluate(x_next, out=buffer)
+            current = here = buffer
+            memory = None
+        else:
+            fresh, buffers, old = memories.gather(returned)
+            if plain:
+                if states[turn] is None:
+                    states[turn] = torch.empty_like(x)
+                here, outs = states[turn], (states[turn],)
+                current = here
+            else:
+                parts = ()
+                if k + 1 < steps:
+                    if rings[turn] is None:
+                        rings[turn] = Packed.empty(x, port)
+                    current, parts = rings[turn]
+                if not apart and parts:
+                    here, outs = parts[0], parts
+                else:
+                    here = kept[k + 1] if kept is not None else torch.empty_like(x)
+                    outs = (here, *parts)
+            _write((*(x_next,) * len(outs), *fresh), (*outs, *buffers))
+            memory = memories.settle(buffers, old)
+        state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
+        if callback is not None:
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+    return here if kept is None else kept
+
+
+def _write(combinations: tuple[Lazy, ...], outs: tuple[Tensor, ...]) -> None:
+    if len(outs) == 1:
+        evaluate(combinations[0], out=outs[0])
+    else:
+        evaluate(*combinations, out=outs)
+
+
+def _refuse_state(x_next):
+    raise TypeError(
+        f"the step returned {type(x_next).__name__} as its state; return a lazy combination and memory: "
+        "x + h * velocity(x, s), memory"
+    )
+
+
+def _recorded(solver, field, x, times, port, draws, grad, callback, progress, trajectory):
+    """The same steps for autograd: nothing is written twice, nothing is kept that backward does not need."""
+    step, scale, steps = solver.configured, port.scale, len(times) - 1
+    dtype = port.dtype or x.dtype
+    draw = draws.source(x)
+    nfe = 0
+    shape: Any = None
+    state: Lazy | None = None
+
+    def velocity(argument, *at):
+        nonlocal nfe
+        nfe += 1
+        factor = 1.0 if scale is None else scale(at[0])
+        if argument is state and factor == 1.0 and dtype == x.dtype:
+            whole = argument.operands[0]
+        else:
+            whole = evaluate(argument * factor, dtype=dtype)
+        point = argument if argument is state or dtype != x.dtype else lazy(whole) * (1.0 / factor)
+        return field(whole.repeat(port.slots, *(1,) * (x.dim() - 1)) if port.slots > 1 else whole, point, *at)
+
+    velocity.noise, velocity.end, velocity.singular = draw, times[-1], port.singular
+
+    def advance(first_stream, s, t, tree, here, *leaves):
+        nonlocal state, shape
+        draw.stream = first_stream  # the same fields when backward runs it again
+        memories = Memory(here, reuse=False)
+        memories.shape = tree
+        remembered = memories.settle((), list(leaves)) if leaves or tree is not None else None
+        state = lazy(here) if scale is None else lazy(here) * (1.0 / scale(s))
+        x_next, returned = step(velocity, state, s, t, remembered)
+        if type(x_next) is not Lazy:
+            _refuse_state(x_next)
+        after = Memory(here, reuse=False)
+        after.held = {id(each): each for each in leaves}
+        fresh, _, old = after.gather(returned)
+        shape = after.shape
+        first = x_next if scale is None else x_next * scale(t)
+        values = evaluate(first, *fresh, dtype=x.dtype)
+        values = values if fresh else (values,)
+        rest = iter(values[1:])
+        return (values[0], *(next(rest) if each is None else each for each in old))
 
     pairs = list(pairwise(times))
     if progress:
         from tqdm.auto import tqdm
 
         pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
+    here, memory, states, again = x, (), [x], grad == "checkpoint"
     for k, (s, t) in enumerate(pairs):
-        buffers.turn, stage = k, 0
-        x_next, returned = step(evaluated_field, state, s, t, memory)
-        if not isinstance(x_next, Lazy):
-            raise TypeError(
-                f"the step returned {type(x_next).__name__} as its state; return a lazy combination and memory"
-            )
-        leaves: list[Lazy] = []
-        shape = _strip(returned, leaves)
-        target: Tensor | None = None  # a callback may keep its x, so each is new
-        if kept is not None:
-            target = kept[k + 1]
-        elif callback is None:
-            target = buffers.take("state")
-        outs = (target, *(buffers.take(("memory", i)) for i in range(len(leaves))))
-        x, *values = _settle((x_next, *leaves), outs, dtype=states[-1].dtype)
-        memory = _restore(shape, iter([lazy(value) for value in values]))
-        states = [*states, x] if trajectory and grad else [x]
-        state = lazy(x)
+        arguments = (draw.stream, s, t, shape, here, *memory)
+        here, *memory = checkpoint(advance, *arguments, use_reentrant=False) if again else advance(*arguments)
+        if trajectory:
+            states.append(here)
         if callback is not None:
-            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": x, "nfe": nfe})
-    if kept is not None:
-        return kept
-    return torch.stack(states) if trajectory else states
-
-
-def _settle(combinations: tuple[Lazy, ...], outs: tuple, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """One launch for all; a missing buffer is allocated here where others are given, as `out` is all or nothing."""
-    if all(out is None for out in outs):
-        result = evaluate(*combinations, dtype=dtype) if dtype is not None else evaluate(*combinations)
-    else:
-        filled = tuple(
-            torch.empty(c.shape, dtype=dtype or c.dtype, device=c.device) if out is None else out
-            for c, out in zip(combinations, outs)
-        )
-        result = evaluate(*combinations, out=filled if len(filled) > 1 else filled[0])
-    return result if isinstance(result, tuple) else (result,)
-
-
-_LEAF = object()
-
-
-def _strip(memory, leaves: list[Lazy]):
-    """The shape of `memory`, its lazies moved to `leaves`."""
-    if isinstance(memory, Lazy):
-        leaves.append(memory)
-        return _LEAF
-    if isinstance(memory, (tuple, list)):
-        return tuple(_strip(each, leaves) for each in memory)
-    return memory
-
-
-def _restore(shape, leaves):
-    if shape is _LEAF:
-        return next(leaves)
-    if isinstance(shape, tuple):
-        return tuple(_restore(each, leaves) for each in shape)
-    return shape
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+    return torch.stack(states) if trajectory else here
 
 
 def _finite(x: Tensor) -> bool:
@@ -215,23 +275,40 @@ class _Found(Exception):
     pass
 
 
-def _report(step, field, x, times):
-    where = "the last step"
+def _report(run, solver, field, x, times, port, draws, on_nan, last):
+    """Raise or warn with the first step after which the state was not finite, and which samples it was."""
     if not _finite(x):
-        raise FloatingPointError(f"the state is not finite before the first step (t = {times[0]:g}); check the noise")
+        rows = _samples(x)
+        raise FloatingPointError(
+            f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
+        )
+    where, rows = "the last step", _samples(last)
 
     def look(record):
-        nonlocal where
+        nonlocal where, rows
         if not _finite(record["x"]):
             where = f"step {record['step']} of {record['steps']} (from t = {record['s']:g} to {record['t']:g})"
+            if on_nan == "raise":
+                rows = _samples(record["x"])
             raise _Found
 
     try:
         with torch.no_grad():
-            _run(step, field, x, times, False, look, False, False)
+            run(solver, field, x, times, port, draws, False, look, False, False)
     except _Found:
         pass
-    raise FloatingPointError(
-        f"the state became NaN or infinite in {where}; look at the network's output there "
+    message = (
+        f"the state of {rows} became NaN or infinite in {where}; look at the network's output there "
         "(half precision, a guidance scale, or a prediction that is singular at that time)"
     )
+    if on_nan == "raise":
+        raise FloatingPointError(message + '; on_nan="keep" returns the others')
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _samples(x: Tensor) -> str:
+    bad = (~x.detach().flatten(1).isfinite().all(1)).nonzero().flatten().tolist() if x.dim() > 1 else []
+    if not bad or len(bad) == x.shape[0]:
+        return "every sample" if x.dim() > 1 else "the samples"
+    shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    return f"sample{'s' if len(bad) > 1 else ''} {shown} (of {x.shape[0]})"

@@ -1,6 +1,6 @@
 """The flow map itself as a step."""
 
-from .driver import solver
+from .solver import solver
 
 
 @solver(order=None, nfe=1, takes="jump")

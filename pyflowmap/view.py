@@ -1,0 +1,174 @@
+"""`View`: a flow map as a solver sees it, conditions and guidance applied: on the linear path, in linear time.
+
+Every affine Gaussian path X_r = alpha(r) x1 + sigma(r) x0 is the linear one, x_t = t x1 + (1-t) x0, after
+
+    x = X / (alpha + sigma),      t = alpha / (alpha + sigma)
+
+with the same data and noise predictions and the velocity b = x1 - x0. So no solver knows of any path but the linear
+one; the network is still asked with its own (X, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .algebra import Lazy, lazy
+from .flow_map import FlowMap
+from .interpolants import Linear
+from .predictions import jump_coefficients, linear_velocity_coefficients
+from .solvers import Port
+
+__all__ = ["View"]
+
+
+class View:
+    """The field of `solvers.integrate` for a flow map: `view(argument, x, t)` or `view(argument, x, s, t)`."""
+
+    def __init__(
+        self,
+        model: FlowMap,
+        condition: Mapping[str, Any],
+        guidance: Any = None,
+        *,
+        takes: str = "velocity",
+        like: Tensor,  # (B, ...) the state
+        dtype: torch.dtype | None = None,  # of the network's argument; None: the state's
+    ) -> None:
+        self.model, self.takes, self.like = model, takes, like
+        self.guidance = None if guidance is None else guidance.begin()
+        self.conditions = (condition,) if guidance is None else guidance.conditions(condition)
+        slots = 1 if guidance is None else guidance.slots(condition)
+        path = model.interpolant
+        self.linear = isinstance(path, Linear)
+        scale = None if self.linear else lambda t: path.scale(path.model_time(t))
+        self.port = Port(slots, dtype, scale, self._singular())
+        self.rows: dict[tuple[float, int], Tensor] = {}
+        self._packed: dict[Any, Mapping[str, Any]] = {}
+
+    def _singular(self) -> frozenset[float]:
+        found = []
+        for end in (0.0, 1.0):
+            try:
+                pair = linear_velocity_coefficients(self.model.prediction, self.model.interpolant, end)
+            except (ValueError, ZeroDivisionError):
+                pair = (float("inf"), 0.0)
+            if any(abs(c) > 1e12 for c in pair):
+                found.append(end)
+        return frozenset(found)
+
+    # ---- times ---------------------------------------------------------------------------------------------------
+
+    def linear_time(self, r: float) -> float:
+        """The path's own time as linear time."""
+        return r if self.linear else self.model.interpolant.linear_time(r)
+
+    def model_time(self, t: Any) -> Any:
+        """Linear time as the network's own."""
+        return t if self.linear else self.model.interpolant.model_time(t)
+
+    def prepare(self, times: Sequence[float]) -> None:
+        """Put the times that the run will ask for on the device, once, as rows of a table."""
+        rows = self.like.shape[0]
+        for count in {1, self.port.slots}:
+            own = torch.tensor([self.model_time(t) for t in times], dtype=torch.float32)
+            table = own.to(self.like.device)[:, None].expand(-1, count * rows).contiguous()
+            self.rows.update(zip(((t, count) for t in times), table.unbind(0)))
+
+    def _row(self, t: Any, count: int) -> Tensor:
+        if isinstance(t, Tensor):  # per sample
+            t = self.model_time(t)
+            t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
+            return t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
+        found = self.rows.get((t, count))
+        if found is None:  # a time that no plan foresaw
+            size = (count * self.like.shape[0],)
+            found = torch.full(size, self.model_time(t), dtype=torch.float32, device=self.like.device)
+            self.rows[t, count] = found
+        return found
+
+    # ---- the field -----------------------------------------------------------------------------------------------
+
+    def __call__(self, argument: Tensor, x: Lazy, *at: Any) -> Lazy:
+        s, t = at if len(at) == 2 else (at[0], at[0])
+        if self.guidance is None:
+            output = self._output(self.model, argument, s, t, 1, self.conditions[0])
+            if self.takes == "jump":
+                return self._jump(self.model, output, x, s, t)
+            return self._velocity(self.model, output, x, s)
+
+        def ask(*which: int, model: FlowMap | None = None) -> list[Lazy]:
+            """One velocity (of a jump: mean velocity) per condition named, of `model` in place of the view's own."""
+            outputs = self._outputs(self.model if model is None else model, argument, s, t, which)
+            make = self._mean_velocity if self.takes == "jump" else self._velocity
+            return [make(self.model if model is None else model, each, x, s, t) for each in outputs]
+
+        guided = self.guidance(ask, x, s, t)
+        if type(guided) is not Lazy:
+            raise TypeError(
+                f"the guidance returned {type(guided).__name__}; it returns a lazy combination of what it asked for"
+            )
+        return x + (t - s) * guided if self.takes == "jump" else guided
+
+    def _outputs(self, model: FlowMap, argument: Tensor, s: Any, t: Any, which: Sequence[int]) -> Sequence[Tensor]:
+        slots = self.port.slots
+        if slots > 1 and tuple(which) == tuple(range(slots)):
+            together = self._packed.get("all")
+            if together is None:
+                together = self._packed["all"] = _stack(self.conditions, self.like)
+            return self._output(model, argument, s, t, slots, together).chunk(slots)
+        part = argument if slots == 1 else argument.narrow(0, 0, self.like.shape[0])
+        return [self._output(model, part, s, t, 1, self.conditions[i]) for i in which]
+
+    def _output(self, model: FlowMap, argument: Tensor, s: Any, t: Any, count: int, condition: Any) -> Tensor:
+        return model.output(argument, self._row(s, count), self._row(t, count), condition)
+
+    def _velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any = None) -> Lazy:
+        r = self.model_time(s)
+        c_x, c_p = linear_velocity_coefficients(model.prediction, model.interpolant, r)
+        if not self.linear:
+            c_x = c_x * model.interpolant.scale(r)
+        return _combine(c_x, x, c_p * model.sign, output)
+
+    def _jump(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any) -> Lazy:
+        path, r, q = model.interpolant, self.model_time(s), self.model_time(t)
+        c_x, c_p = jump_coefficients(model.prediction, path, r, q)
+        if not self.linear:
+            c_x, c_p = c_x * path.scale(r) / path.scale(q), c_p / path.scale(q)
+        return _combine(c_x, x, c_p * model.sign, output)
+
+    def _mean_velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any) -> Lazy:
+        if self.linear:
+            return model.as_mean_velocity(output, x, s, t)
+        if isinstance(s, float) and s == t:
+            return self._velocity(model, output, x, s)
+        return (self._jump(model, output, x, s, t) - x) / (t - s)
+
+
+def _combine(c_x: Any, x: Lazy, c_p: Any, output: Tensor) -> Lazy:
+    prediction = c_p * lazy(output)
+    return prediction if type(c_x) is float and c_x == 0.0 else c_x * x + prediction
+
+
+def _stack(conditions: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Any]:
+    """Several conditions as one of as many times the rows."""
+    keys = [sorted(each) for each in conditions]
+    if any(each != keys[0] for each in keys):
+        raise ValueError(
+            f"conditions name {keys[0]} and {next(k for k in keys if k != keys[0])}, so they cannot share one network "
+            "call; pass batched=False to the guidance"
+        )
+    return {key: torch.cat([_rows(each[key], key, like) for each in conditions]) for key in keys[0]}
+
+
+def _rows(value: Any, key: str, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != like.shape[0]:
+        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(
+            f"condition {key!r} is {shown}, not a tensor with {like.shape[0]} rows, so several conditions cannot share "
+            "one network call; pass batched=False to the guidance"
+        )
+    return value
