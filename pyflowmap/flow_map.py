@@ -107,16 +107,16 @@ class FlowMap:
             )
         return output
 
-    def as_velocity(self, output: Tensor, x: Tensor, t) -> Lazy:
+    def as_velocity(self, output: Tensor, x: Tensor | Lazy, t) -> Lazy:
         return self._combine(velocity_coefficients(self.prediction, self.interpolant, t), output, x)
 
-    def as_mean_velocity(self, output: Tensor, x: Tensor, s, t) -> Lazy:
+    def as_mean_velocity(self, output: Tensor, x: Tensor | Lazy, s, t) -> Lazy:
         return self._combine(mean_velocity_coefficients(self.prediction, self.interpolant, s, t), output, x)
 
-    def as_jump(self, output: Tensor, x: Tensor, s, t) -> Lazy:
+    def as_jump(self, output: Tensor, x: Tensor | Lazy, s, t) -> Lazy:
         return self._combine(jump_coefficients(self.prediction, self.interpolant, s, t), output, x)
 
-    def _combine(self, coefficients, output: Tensor, x: Tensor) -> Lazy:
+    def _combine(self, coefficients, output: Tensor, x: Tensor | Lazy) -> Lazy:
         c_x, c_p = coefficients
         prediction = (self.sign * c_p) * lazy(output)
         # A velocity needs no x: leave it out rather than read it with coefficient 0.

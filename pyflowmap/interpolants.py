@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,10 +216,8 @@ class VariancePreserving(Interpolant):
 
     def model_time(self, t):
         # sigma/alpha = (1-t)/t = S, alpha^2 = 1/(1 + S^2); -log alpha is a quadratic of the remaining time.
-        tensor = isinstance(t, Tensor)
-        ratio = (1.0 - t) / t if tensor or t > 0.0 else math.inf
-        rate = 0.5 * (torch.log1p(ratio * ratio) if tensor else math.log1p(ratio * ratio))
+        numbers: Any = torch if isinstance(t, Tensor) else math
+        ratio = (1.0 - t) / t if isinstance(t, Tensor) or t > 0.0 else math.inf
+        rate = 0.5 * numbers.log1p(ratio * ratio)
         half, slope = 0.5 * self.beta_min, 0.25 * (self.beta_max - self.beta_min)
-        root = half * half + 4.0 * slope * rate
-        root = torch.sqrt(root) if tensor else math.sqrt(root)
-        return 1.0 - 2.0 * rate / (half + root)
+        return 1.0 - 2.0 * rate / (half + numbers.sqrt(half * half + 4.0 * slope * rate))

@@ -80,7 +80,7 @@ def sample(
     x = _start(model, noise_or_shape, seed, sample_ids)
     if isinstance(noise_or_shape, Tensor) and not chosen.stochastic and (seed is not None or sample_ids is not None):
         raise ValueError(
-            f"seed = {seed} with the noise given; {chosen.name} draws none, so seeds and sample ids go with a shape only"
+            f"seed = {seed} with the noise given; {chosen.name} draws none; seeds and sample ids go with a shape"
         )
     condition = _condition(condition, x)
     if cuda_graph and not (torch.cuda.is_available() and x.is_cuda):
@@ -120,8 +120,9 @@ def _network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:
     """Half precision where the network's parameters are, and no autocast translates; None: as the state."""
     parameters = getattr(model.network, "parameters", None)
     first = next(parameters(), None) if callable(parameters) else None
-    half = first is not None and first.dtype in (torch.bfloat16, torch.float16)
-    return first.dtype if half and first.dtype != x.dtype else None
+    if first is None or first.dtype not in (torch.bfloat16, torch.float16) or first.dtype == x.dtype:
+        return None
+    return first.dtype
 
 
 def _in_model_time(callback: Callable[[dict], None], view: View) -> Callable[[dict], None]:

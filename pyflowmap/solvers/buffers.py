@@ -74,7 +74,12 @@ class Memory:
             else:
                 kept.append(None)
                 fresh.append(each)
-        return fresh, [self._take(each.dtype) for each in fresh], kept
+        return fresh, [self._take(self._dtype(each)) for each in fresh], kept
+
+    def _dtype(self, leaf: Lazy) -> torch.dtype:
+        """The state's or wider: what a half-precision network returned is kept as it is, a sum of such in full."""
+        bare = len(leaf.operands) == 1 and leaf.coefficients[0] == 1.0
+        return leaf.dtype if bare else torch.promote_types(leaf.dtype, self.like.dtype)
 
     def _take(self, dtype: torch.dtype) -> Tensor | None:
         if not self.reuse:
@@ -82,7 +87,7 @@ class Memory:
         free = self.free.get(dtype)
         return free.pop() if free else torch.empty_like(self.like, dtype=dtype)
 
-    def settle(self, values: tuple[Tensor, ...], kept: list[Any]) -> Any:
+    def settle(self, values: Any, kept: list[Any]) -> Any:
         """The tree again, with what was computed; buffers that nobody remembers are free."""
         value = iter(values)
         now = [next(value) if each is None else each for each in kept]

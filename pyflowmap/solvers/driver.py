@@ -111,9 +111,9 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         return _recorded(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
     step, scale, steps = solver.configured, port.scale, len(times) - 1
     cast = port.dtype is not None and port.dtype != x.dtype
-    apart = cast or trajectory or callback is not None  # the state is not the network's argument
-    rings = [None, None]  # of the state as the network's argument, one to read and one to write
-    states = [None, None]
+    single = port.slots == 1 and not cast  # the state is the network's argument
+    states: list[Any] = [None, None]  # one to read and one to write
+    rings: list[Any] = [None, None]  # likewise, of arguments that are more than the state
     stages: list[list[Packed]] = [[], []]
     kept = torch.empty((steps + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if kept is not None:
@@ -123,7 +123,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
     nfe = stage = turn = 0
     start = times[0]
     state = lazy(x) if scale is None else lazy(x) * (1.0 / scale(start))
-    current: Tensor | None = x if port.slots == 1 and not cast else None
+    current: Any = x if single else None
 
     def velocity(argument, *at):
         nonlocal nfe, stage, current
@@ -146,13 +146,13 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         _write((argument,) * len(parts), parts)
         return field(whole, argument if cast else lazy(parts[0]), *at)
 
-    velocity.noise, velocity.end, velocity.singular = draws.source(x), times[-1], port.singular
-    pairs = list(pairwise(times))
+    _furnish(velocity, draws.source(x), times[-1], port.singular)
+    pairs: Any = list(pairwise(times))
     if progress:
         from tqdm.auto import tqdm
 
         pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
-    plain = not apart and port.slots == 1
+    lean = single and kept is None and callback is None
     for k, (s, t) in enumerate(pairs):
         turn, stage = k & 1, 0
         x_next, returned = step(velocity, state, s, t, memory)
@@ -161,40 +161,41 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         factor = 1.0 if scale is None else scale(t)
         if factor != 1.0:
             x_next = x_next * factor
-        if plain and returned is None:  # one output, the commonest step
-            buffer = states[turn]
-            if buffer is None:
-                buffer = states[turn] = torch.empty_like(x)
-            evaluate(x_next, out=buffer)
-            current = here = buffer
-            memory = None
+        if kept is not None:
+            here = kept[k + 1]
+        elif callback is not None:
+            here = torch.empty_like(x)  # the caller's to keep
         else:
-            fresh, buffers, old = memories.gather(returned)
-            if plain:
-                if states[turn] is None:
-                    states[turn] = torch.empty_like(x)
-                here, outs = states[turn], (states[turn],)
+            here = states[turn]
+            if here is None:
+                here = states[turn] = torch.empty_like(x)
+        if lean and returned is None:  # one output, the commonest step
+            evaluate(x_next, out=here)
+            current, memory = here, None
+        else:
+            parts: tuple = ()
+            if single:
                 current = here
-            else:
-                parts = ()
-                if k + 1 < steps:
-                    if rings[turn] is None:
-                        rings[turn] = Packed.empty(x, port)
-                    current, parts = rings[turn]
-                if not apart and parts:
-                    here, outs = parts[0], parts
-                else:
-                    here = kept[k + 1] if kept is not None else torch.empty_like(x)
-                    outs = (here, *parts)
-            _write((*(x_next,) * len(outs), *fresh), (*outs, *buffers))
-            memory = memories.settle(buffers, old)
+            elif k + 1 < steps:
+                if rings[turn] is None:
+                    rings[turn] = Packed.empty(x, port)
+                current, parts = rings[turn]
+                if not cast and kept is None and callback is None:
+                    here, parts = parts[0], parts[1:]
+            fresh, buffers, old = memories.gather(returned if k + 1 < steps else None)
+            _write((*(x_next,) * (1 + len(parts)), *fresh), (here, *parts, *buffers))
+            memory = memories.settle(tuple(buffers), old)
         state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
         if callback is not None:
             callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
     return here if kept is None else kept
 
 
-def _write(combinations: tuple[Lazy, ...], outs: tuple[Tensor, ...]) -> None:
+def _furnish(velocity: Any, draw: Source, end: float, singular: frozenset[float]) -> None:
+    velocity.noise, velocity.end, velocity.singular = draw, end, singular
+
+
+def _write(combinations: tuple[Lazy, ...], outs: tuple[Any, ...]) -> None:
     if len(outs) == 1:
         evaluate(combinations[0], out=outs[0])
     else:
@@ -215,7 +216,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
     draw = draws.source(x)
     nfe = 0
     shape: Any = None
-    state: Lazy | None = None
+    state: Any = None
 
     def velocity(argument, *at):
         nonlocal nfe
@@ -228,7 +229,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         point = argument if argument is state or dtype != x.dtype else lazy(whole) * (1.0 / factor)
         return field(whole.repeat(port.slots, *(1,) * (x.dim() - 1)) if port.slots > 1 else whole, point, *at)
 
-    velocity.noise, velocity.end, velocity.singular = draw, times[-1], port.singular
+    _furnish(velocity, draw, times[-1], port.singular)
 
     def advance(first_stream, s, t, tree, here, *leaves):
         nonlocal state, shape
@@ -250,7 +251,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         rest = iter(values[1:])
         return (values[0], *(next(rest) if each is None else each for each in old))
 
-    pairs = list(pairwise(times))
+    pairs: Any = list(pairwise(times))
     if progress:
         from tqdm.auto import tqdm
 
