@@ -7,7 +7,7 @@
 `measure(name)` returns plain data with every sample; `table(results)` prints it.
 """
 
-from . import attention, call, combine, jvp, layers, loss, noise, ode, schedulers, storage  # noqa: F401  each registers its cases
+from . import attention, call, combine, jvp, layers, loss, noise, ode, schedulers, solvers, storage  # noqa: F401  each registers its cases
 from .case import groups, names
 from .machine import describe, file_name
 from .table import table

@@ -12,6 +12,7 @@ evaluates x_next. Without gradients everything goes into buffers allocated once.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -269,7 +270,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
 
 def _finite(x: Tensor) -> bool:
     # A sum propagates inf and NaN; it can also overflow by itself, so only a bad sum is looked at closely.
-    return x.numel() == 0 or bool(x.detach().sum().isfinite()) or bool(x.detach().isfinite().all())
+    return x.numel() == 0 or math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 class _Found(Exception):

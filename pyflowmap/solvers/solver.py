@@ -127,12 +127,14 @@ def solver(*, order: int | None = None, nfe: int = 1, **known: Any) -> Callable[
 
 def time_grid(grid: Sequence[float] | Tensor) -> list[float]:
     """`grid` as Python floats, once. Raises unless it is strictly monotone, finite, of two or more times."""
-    values = grid.detach().double().cpu() if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
-    if values.dim() != 1 or len(values) < 2:
-        raise ValueError(
-            f"grid has shape {tuple(values.shape)}; it is one row of at least two times, e.g. [0.0, 0.5, 1.0]"
-        )
-    times = values.tolist()
+    times: list[float]
+    if type(grid) is list and all([type(t) is float for t in grid]):  # noqa: C419  the commonest, in a microsecond
+        times, shape = list(grid), (len(grid),)
+    else:
+        row = grid.detach().double().cpu() if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
+        times, shape = row.tolist(), tuple(row.shape)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"grid has shape {shape}; it is one row of at least two times, e.g. [0.0, 0.5, 1.0]")
     bad = next((t for t in times if not math.isfinite(t)), None)
     if bad is not None:
         raise ValueError(f"grid contains {bad}; times are finite, 0 = noise to 1 = data")
