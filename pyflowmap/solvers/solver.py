@@ -128,6 +128,7 @@ def solver(*, order: int | None = None, nfe: int = 1, **known: Any) -> Callable[
 def time_grid(grid: Sequence[float] | Tensor) -> list[float]:
     """`grid` as Python floats, once. Raises unless it is strictly monotone, finite, of two or more times."""
     times: list[float]
+    shape: tuple[int, ...]
     if type(grid) is list and all([type(t) is float for t in grid]):  # noqa: C419  the commonest, in a microsecond
         times, shape = list(grid), (len(grid),)
     else:
