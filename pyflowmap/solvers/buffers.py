@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algebra import Lazy, lazy
 
-__all__ = ["Memory", "Packed", "Port"]
+__all__ = ["Memory", "Packed", "Port", "flatten", "unflatten"]
 
 
 class Port(NamedTuple):
@@ -48,9 +48,6 @@ class Packed(NamedTuple):
         return cls(whole, whole.chunk(port.slots) if like.shape[0] else (whole,) * port.slots)
 
 
-_LEAF = object()
-
-
 class Memory:
     """What a step remembers: a tree of lazies and plain values. Its lazies are evaluated with the next state, in the
     same launch; one that is itself remembered already is kept as it is, not copied."""
@@ -59,59 +56,87 @@ class Memory:
         self.like, self.reuse = like, reuse
         self.held: dict[int, Tensor] = {}  # by id: what the steps may read now
         self.free: dict[torch.dtype, list[Tensor]] = {}
-        self.shape: Any = None
+        self.tree: list[Any] = []
+        self.now: dict[int, Tensor] = {}
+        self.holes: list[tuple[list[Any], int]] = []  # where the evaluated values go
+        self.kind: type = tuple
+        self.nested = False
 
-    def gather(self, memory: Any) -> tuple[list[Lazy], list[Tensor | None], list[Any]]:
-        """The lazies to evaluate, a buffer for each (None: allocate), and all leaves in order: tensor or None."""
-        leaves: list[Lazy] = []
-        self.shape = _strip(memory, leaves)
+    def gather(self, memory: Any) -> tuple[list[Lazy], list[Tensor | None]]:
+        """The lazies to evaluate, and a buffer for each (None: allocate). `settle` takes what they became."""
+        self.now, self.holes, self.nested, self.kind = {}, [], False, type(memory)
+        self.tree = list(memory) if self.kind is tuple or self.kind is list else [memory]
         fresh: list[Lazy] = []
-        kept: list[Any] = []
-        for each in leaves:
-            operand = each.operands[0] if len(each.operands) == 1 and each.coefficients[0] == 1.0 else None
-            if operand is not None and id(operand) in self.held:
-                kept.append(operand)
-            else:
-                kept.append(None)
-                fresh.append(each)
-        return fresh, [self._take(self._dtype(each)) for each in fresh], kept
+        self._fill(self.tree, fresh)
+        return fresh, [self._take(self._dtype(each)) for each in fresh] if self.reuse else [None] * len(fresh)
+
+    def _fill(self, tree: list[Any], fresh: list[Lazy]) -> None:
+        for i, each in enumerate(tree):
+            kind = type(each)
+            if kind is Lazy:
+                operands = each.operands
+                if len(operands) == 1 and each.coefficients[0] == 1.0 and id(operands[0]) in self.held:
+                    self.now[id(operands[0])] = operands[0]
+                else:
+                    fresh.append(each)
+                    self.holes.append((tree, i))
+            elif kind is tuple or kind is list:
+                self.nested = True
+                tree[i] = part = list(each)
+                self._fill(part, fresh)
 
     def _dtype(self, leaf: Lazy) -> torch.dtype:
         """The state's or wider: what a half-precision network returned is kept as it is, a sum of such in full."""
-        bare = len(leaf.operands) == 1 and leaf.coefficients[0] == 1.0
-        return leaf.dtype if bare else torch.promote_types(leaf.dtype, self.like.dtype)
+        dtype = leaf.dtype
+        if dtype == self.like.dtype or (len(leaf.operands) == 1 and leaf.coefficients[0] == 1.0):
+            return dtype
+        return torch.promote_types(dtype, self.like.dtype)
 
-    def _take(self, dtype: torch.dtype) -> Tensor | None:
-        if not self.reuse:
-            return None
+    def _take(self, dtype: torch.dtype) -> Tensor:
         free = self.free.get(dtype)
         return free.pop() if free else torch.empty_like(self.like, dtype=dtype)
 
-    def settle(self, values: Any, kept: list[Any]) -> Any:
+    def settle(self, values: Any) -> Any:
         """The tree again, with what was computed; buffers that nobody remembers are free."""
-        value = iter(values)
-        now = [next(value) if each is None else each for each in kept]
-        before, self.held = self.held, {id(each): each for each in now}
+        now = self.now
+        for (tree, i), value in zip(self.holes, values):
+            tree[i] = lazy(value)
+            now[id(value)] = value
         if self.reuse:
-            for key, tensor in before.items():
-                if key not in self.held:
+            for key, tensor in self.held.items():
+                if key not in now:
                     self.free.setdefault(tensor.dtype, []).append(tensor)
-        return _restore(self.shape, iter([lazy(each) for each in now]))
+        self.held = now
+        if self.kind is not tuple and self.kind is not list:
+            return self.tree[0]
+        return tuple(_tuples(each) for each in self.tree) if self.nested else tuple(self.tree)
 
 
-def _strip(memory: Any, leaves: list[Lazy]) -> Any:
-    """The shape of `memory`, its lazies moved to `leaves`."""
+def _tuples(tree: Any) -> Any:
+    return tuple(_tuples(each) for each in tree) if type(tree) is list else tree
+
+
+class _Leaf:
+    """Stands for a lazy in a tree whose tensors are elsewhere."""
+
+
+def flatten(memory: Any) -> tuple[Any, list[Tensor]]:
+    """What `Memory.settle` gave, as the tree and its tensors: what is recomputed takes tensors as arguments."""
     if type(memory) is Lazy:
-        leaves.append(memory)
-        return _LEAF
-    if type(memory) is tuple or type(memory) is list:
-        return tuple([_strip(each, leaves) for each in memory])
-    return memory
+        return _Leaf, [memory.operands[0]]
+    if type(memory) is not tuple:
+        return memory, []
+    parts = [flatten(each) for each in memory]
+    return tuple(tree for tree, _ in parts), [x for _, tensors in parts for x in tensors]
 
 
-def _restore(shape: Any, leaves: Any) -> Any:
-    if shape is _LEAF:
-        return next(leaves)
-    if type(shape) is tuple:
-        return tuple([_restore(each, leaves) for each in shape])
-    return shape
+def unflatten(tree: Any, tensors: Any) -> Any:
+    """The inverse of `flatten`."""
+    rest = iter(tensors)
+
+    def build(part: Any) -> Any:
+        if part is _Leaf:
+            return lazy(next(rest))
+        return tuple(build(each) for each in part) if type(part) is tuple else part
+
+    return build(tree)

@@ -6,7 +6,7 @@ the last step returned: None, a lazy, or a tuple of lazies and plain values; its
 evaluates x_next. Without gradients everything goes into buffers allocated once.
 
     velocity.noise()    a standard normal field, another one at each call, drawn inside the launch that uses it
-    velocity.end        the last time of the run
+    velocity.times      the times of the run, in the order of the steps; velocity.end is the last
     velocity.singular   times at which there is no velocity: the data end for a network that predicts data
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..algebra import Lazy, evaluate, lazy, noise
-from .buffers import Memory, Packed, Port
+from .buffers import Memory, Packed, Port, flatten, unflatten
 from .solver import Solver, time_grid
 
 __all__ = ["Noise", "integrate"]
@@ -147,7 +147,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         _write((argument,) * len(parts), parts)
         return field(whole, argument if cast else lazy(parts[0]), *at)
 
-    _furnish(velocity, draws.source(x), times[-1], port.singular)
+    _furnish(velocity, draws.source(x), times, port.singular)
     pairs: Any = list(pairwise(times))
     if progress:
         from tqdm.auto import tqdm
@@ -183,17 +183,20 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
                 current, parts = rings[turn]
                 if not cast and kept is None and callback is None:
                     here, parts = parts[0], parts[1:]
-            fresh, buffers, old = memories.gather(returned if k + 1 < steps else None)
-            _write((*(x_next,) * (1 + len(parts)), *fresh), (here, *parts, *buffers))
-            memory = memories.settle(tuple(buffers), old)
+            fresh, buffers = memories.gather(returned if k + 1 < steps else None)
+            if parts:
+                _write((*(x_next,) * (1 + len(parts)), *fresh), (here, *parts, *buffers))
+            else:
+                _write((x_next, *fresh), (here, *buffers))
+            memory = memories.settle(buffers)
         state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
         if callback is not None:
             callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
     return here if kept is None else kept
 
 
-def _furnish(velocity: Any, draw: Source, end: float, singular: frozenset[float]) -> None:
-    velocity.noise, velocity.end, velocity.singular = draw, end, singular
+def _furnish(velocity: Any, draw: Source, times: list[float], singular: frozenset[float]) -> None:
+    velocity.noise, velocity.times, velocity.end, velocity.singular = draw, times, times[-1], singular
 
 
 def _write(combinations: tuple[Lazy, ...], outs: tuple[Any, ...]) -> None:
@@ -216,8 +219,8 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
     dtype = port.dtype or x.dtype
     draw = draws.source(x)
     nfe = 0
-    shape: Any = None
     state: Any = None
+    tree: Any = None  # what the last step remembers, its tensors apart
 
     def velocity(argument, *at):
         nonlocal nfe
@@ -230,27 +233,23 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         point = argument if argument is state or dtype != x.dtype else lazy(whole) * (1.0 / factor)
         return field(whole.repeat(port.slots, *(1,) * (x.dim() - 1)) if port.slots > 1 else whole, point, *at)
 
-    _furnish(velocity, draw, times[-1], port.singular)
+    _furnish(velocity, draw, times, port.singular)
 
-    def advance(first_stream, s, t, tree, here, *leaves):
-        nonlocal state, shape
+    def advance(first_stream, s, t, shape, here, *leaves):
+        nonlocal state, tree
         draw.stream = first_stream  # the same fields when backward runs it again
-        memories = Memory(here, reuse=False)
-        memories.shape = tree
-        remembered = memories.settle((), list(leaves)) if leaves or tree is not None else None
         state = lazy(here) if scale is None else lazy(here) * (1.0 / scale(s))
-        x_next, returned = step(velocity, state, s, t, remembered)
+        x_next, returned = step(velocity, state, s, t, unflatten(shape, leaves))
         if type(x_next) is not Lazy:
             _refuse_state(x_next)
-        after = Memory(here, reuse=False)
-        after.held = {id(each): each for each in leaves}
-        fresh, _, old = after.gather(returned)
-        shape = after.shape
+        memory = Memory(here, reuse=False)
+        memory.held = {id(each): each for each in leaves}
+        fresh, _ = memory.gather(returned)
         first = x_next if scale is None else x_next * scale(t)
         values = evaluate(first, *fresh, dtype=x.dtype)
         values = values if fresh else (values,)
-        rest = iter(values[1:])
-        return (values[0], *(next(rest) if each is None else each for each in old))
+        tree, remembered = flatten(memory.settle(values[1:]))
+        return (values[0], *remembered)
 
     pairs: Any = list(pairwise(times))
     if progress:
@@ -259,7 +258,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
     here, memory, states, again = x, (), [x], grad == "checkpoint"
     for k, (s, t) in enumerate(pairs):
-        arguments = (draw.stream, s, t, shape, here, *memory)
+        arguments = (draw.stream, s, t, tree, here, *memory)
         here, *memory = checkpoint(advance, *arguments, use_reentrant=False) if again else advance(*arguments)
         if trajectory:
             states.append(here)
