@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowmap.combination import Lazy, NoiseField, promoted, shapes_differ
+from pyflowmap.combination import Lazy, NoiseField, promoted, shapes_differ, weighted
 from pyflowmap.ops.backend import direct
 from pyflowmap.ops.combine import combine as combine_op
 from pyflowmap.ops.combine_run import noise_tuple
 from pyflowmap.ops.squared_norm import squared_norm
 from pyflowmap.reference import Noise, per_row
 
-__all__ = ["Lazy", "NoiseField", "evaluate", "inner", "lazy", "noise", "per_sample"]
+__all__ = ["Lazy", "NoiseField", "evaluate", "inner", "lazy", "noise", "per_sample", "weighted"]
 
 _is_tracing = torch.compiler.is_dynamo_compiling
 _empty_like = torch.empty_like

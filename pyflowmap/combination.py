@@ -112,7 +112,7 @@ class Lazy:
             if not isinstance(other, Tensor):
                 return NotImplemented
             other = Lazy((other,), (1.0,), (direct.version_of(other),))
-        return Lazy(*(direct.sum_of(self, other, 1.0) or _merge(self, other)))
+        return Lazy(*(direct.sum_of(1.0, self, 1.0, other) or _merge(self, other)))
 
     __radd__ = __add__
 
@@ -124,7 +124,7 @@ class Lazy:
             if not isinstance(other, Tensor):
                 return NotImplemented
             other = Lazy((other,), (1.0,), (direct.version_of(other),))
-        return Lazy(*(direct.sum_of(self, other, -1.0) or _merge(self, other * -1.0)))
+        return Lazy(*(direct.sum_of(1.0, self, -1.0, other) or _merge(self, other * -1.0)))
 
     def __rsub__(self, other: Any) -> Lazy:
         return (self * -1.0) + other
@@ -166,6 +166,23 @@ class Lazy:
         if isinstance(h, Tensor) and h.dtype != torch.float64:
             h = h.to(torch.float32)  # the reciprocal of a bfloat16 would be rounded once too often
         return self * (1.0 / h)
+
+
+def weighted(*terms: Any) -> Lazy:
+    """weighted(a, x, b, y, ...) = a x + b y + ... of lazies: the same combination, built at once (a microsecond less).
+
+    >>> import torch
+    >>> x = Lazy((torch.ones(2),), (1.0,), (None,))
+    >>> weighted(0.5, x, 2.0, x)
+    Lazy(2.5 * X0; (2,), torch.float32)
+    """
+    found = direct.sum_of(*terms)
+    if found is not None:
+        return Lazy(*found)
+    result = terms[0] * terms[1]
+    for i in range(2, len(terms), 2):
+        result = result + terms[i] * terms[i + 1]
+    return result
 
 
 def _reflected(name: str, reflected: str) -> Any:

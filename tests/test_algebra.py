@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_within, bound
 
 from pyflowmap import algebra, combination, ops
-from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
+from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample, weighted
 from pyflowmap.ops import backend as backends
 
 SHAPE = (4, 3, 5)
@@ -155,18 +155,27 @@ def test_sums_in_c_are_the_sums_in_python(xvu):
     h = torch.rand(4)
     python = lambda a, b: combination._merge(a, b)  # noqa: E731
     for a, b in ((x, v), (x + v, 0.5 * x), (h * x, v), (x + h * v, 2.0 * x), (2 * x, x), (x, x)):
-        merged = backends.direct.sum_of(a, b, 1.0)
+        merged = backends.direct.sum_of(1.0, a, 1.0, b)
         assert merged is not None and merged == python(a, b)
-        assert backends.direct.sum_of(a, b, -0.5) == python(a, b * -0.5)
+        assert backends.direct.sum_of(1.0, a, -0.5, b) == python(a, b * -0.5)
     field = noise(xvu[0], seed=1)
     stale = lazy(xvu[0])
     xvu[0].add_(1)
     for a, b in ((h * v, h * v), (v, field), (field, v), (stale, lazy(xvu[0])), (v, 3.0), (v, xvu[1])):
-        assert backends.direct.sum_of(a, b, 1.0) is None
+        assert backends.direct.sum_of(1.0, a, 1.0, b) is None
     with pytest.raises(TypeError, match="factor"):
-        backends.direct.sum_of(x, v, 1)
+        backends.direct.sum_of(1.0, x, 1.0)
     long = [lazy(torch.randn(2)) for _ in range(40)]
     assert len(sum(long[1:], long[0]).operands) == 40
+
+
+def test_a_weighted_sum_is_the_sum(xvu):
+    x, v, u = (lazy(t) for t in xvu)
+    h = torch.rand(4)
+    for terms in ((1.0, x, 0.5, v, -2.0, x), (2, x, 0.5, v + 3.0 * u), (h, x, 0.5, v), (0.25, noise(xvu[0], seed=1))):
+        expected = sum((c * y for c, y in zip(terms[2::2], terms[3::2])), terms[0] * terms[1])
+        assert torch.equal(evaluate(weighted(*terms)), evaluate(expected))
+    assert weighted(0.5, x, 0.25, v, 1.0, x).operands == (xvu[0], xvu[1])
 
 
 def test_cancelled_operand_is_not_read(xvu):

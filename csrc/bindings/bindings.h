@@ -13,7 +13,7 @@ PyObject* version_of(PyObject* self, PyObject* object);
 // that they recorded.
 PyObject* update(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
-// a + factor * b of lazy combinations, as the tuples (operands, coefficients, versions), or None.
+// The sum of factor * combination, as the tuples (operands, coefficients, versions), or None.
 PyObject* sum_of(PyObject* self, PyObject* const* args, Py_ssize_t nargs);
 
 // The kernels of whole tensors: (tensors, constants ...) -> bool, the tensors by position (module.cpp) and None where one

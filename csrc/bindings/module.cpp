@@ -22,7 +22,7 @@ PyMethodDef kernels[] = {
      "sums=None, like=None, dtype=None, store=None) -> bool: contract in csrc/combine/combine.h"},
     {FASTCALL(update),
      "update(combinations, out) -> bool: combinations of the algebra into tensors, on the direct road only"},
-    {FASTCALL(sum_of), "sum_of(a, b, factor) -> tuple | None: a + factor * b of lazy combinations"},
+    {FASTCALL(sum_of), "sum_of(*terms) -> tuple | None: factor * a + ... of (factor, a, ...), lazy combinations"},
     {FASTCALL(activation), "activation(tensors, kind) -> bool: (a, b, da, db, y, dy)"},
     {FASTCALL(activation_backward),
      "activation_backward(tensors, kind) -> bool: (a, b, da, db, gy, gdy, ga, gb, gda, gdb)"},

@@ -137,18 +137,20 @@ Answer add_terms(const Combination& c, double factor, Term* terms, int* count) {
 }  // namespace
 
 PyObject* sum_of(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 3 || !PyFloat_CheckExact(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "sum_of takes (a, b, factor)");
+  if (nargs == 0 || nargs % 2 != 0) {
+    PyErr_SetString(PyExc_TypeError, "sum_of takes (factor, a, factor, b, ...)");
     return nullptr;
   }
-  Combination a, b;
-  if (!torch().tensor || !read_combination(args[0], &a) || !read_combination(args[1], &b)) Py_RETURN_NONE;
+  if (!torch().tensor) Py_RETURN_NONE;
   Term terms[kMaxSum];
   int count = 0;
-  Answer answer = add_terms(a, 1.0, terms, &count);
-  if (answer == kYes) answer = add_terms(b, PyFloat_AS_DOUBLE(args[2]), terms, &count);
-  if (answer == kError) return nullptr;
-  if (answer == kNo) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < nargs; i += 2) {
+    Combination c;
+    if (!PyFloat_CheckExact(args[i]) || !read_combination(args[i + 1], &c)) Py_RETURN_NONE;
+    const Answer answer = add_terms(c, PyFloat_AS_DOUBLE(args[i]), terms, &count);
+    if (answer == kError) return nullptr;
+    if (answer == kNo) Py_RETURN_NONE;
+  }
   Owned operands(PyTuple_New(count)), coefficients(PyTuple_New(count)), versions(PyTuple_New(count));
   if (!operands.object || !coefficients.object || !versions.object) return nullptr;
   for (int i = 0; i < count; ++i) {
