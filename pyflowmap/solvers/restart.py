@@ -119,19 +119,20 @@ def _restarted(times: list[float], *, intervals, repeats, inner, s_noise: float)
 
 
 def _one_each(value, intervals) -> tuple[int, ...]:
-    return (value,) * len(intervals) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * len(intervals)
 
 
 def _check_restart(intervals, repeats, inner, s_noise: float) -> None:
     _check_noise(s_noise)
     for each in intervals:
-        if len(each) != 2 or not (0.0 <= each[0] < each[1] and math.isfinite(each[1])):
+        pair = isinstance(each, (tuple, list)) and len(each) == 2
+        if not pair or not (0.0 <= each[0] < each[1] and math.isfinite(each[1])):
             raise ValueError(
                 f"restart interval {each}; it is (low, high) in noise levels S = (1-t)/t, e.g. (0.05, 1.0)"
             )
     for name, value in (("repeats", repeats), ("inner", inner)):
         counts = _one_each(value, intervals)
-        if len(counts) != len(intervals) or any(isinstance(n, bool) or n < 1 for n in counts):
+        if len(counts) != len(intervals) or any(type(n) is not int or n < 1 for n in counts):
             raise ValueError(f"{name} = {value}; it is a whole number, at least 1, or one for each interval")
 
 

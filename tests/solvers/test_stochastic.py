@@ -336,6 +336,8 @@ FALLING = [1.0, 0.5, 0.0]
         (lambda: solvers.edm_heun_churn.using(s_min=2.0, s_max=1.0), "s_min = 2.0, s_max = 1.0"),
         (lambda: solvers.edm_heun_churn.using(s_noise=-1.0), "s_noise = -1"),
         (lambda: solvers.restart.using(intervals=((1.0, 0.1),)), r"interval \(1.0, 0.1\)"),
+        (lambda: solvers.restart.using(intervals=(0.1, 1.0)), "interval 0.1; it is"),
+        (lambda: solvers.restart.using(inner=2.5), "inner = 2.5"),
         (lambda: solvers.restart.using(repeats=0), "repeats = 0"),
         (lambda: solvers.restart.using(inner=(2, 3)), r"inner = \(2, 3\)"),
         (lambda: one_step(solvers.restart, 0.1, 0.5), r"\(0.01, 1\) leaves the grid, .* are 1 to 9"),
