@@ -8,6 +8,7 @@ from pyflowmap.checkpoint import load
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.installation import build_config
 from pyflowmap.installation import version as _version
+from pyflowmap.likelihood import log_likelihood
 from pyflowmap.sampling import sample
 from pyflowmap.tangents import Dual, jvp
 
@@ -38,6 +39,7 @@ __all__ = [
     "sample",
     "solvers",
     "guidance",
+    "log_likelihood",
     # learning
     "objectives",
     "training",

@@ -88,6 +88,8 @@ class Solver:
             raise ValueError(f"nfe = {nfe!r}; it is a whole number, at least 1")
         if self.loop is not None:
             raise ValueError(f"{self.name} chooses its own steps; bound it by max_nfe instead of nfe")
+        if self.plan is not None and len(self.visits([0.0, 0.5, 1.0])) != 3:
+            raise ValueError(f"{self.name} visits more times than its grid has, so nfe = {nfe} is not met; pass steps")
         starting = self.starting if self.options.get("start", "full") == "full" else 0
         steps, over = divmod(nfe - starting, self.nfe)
         if over or steps < 1:
