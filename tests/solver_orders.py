@@ -11,7 +11,7 @@ from pyflowmap import solvers
 
 START, END = 0.05, 0.95
 GRIDS = ("uniform", "rough")
-STEPS = (40, 80, 160, 320)
+STEPS = (40, 80, 160)
 
 
 def times(kind, steps, start=START, end=END):
