@@ -1,5 +1,6 @@
 """How fast a solver converges, measured in float64 on the velocity of the mixture between the times 0.05 and 0.95."""
 
+import contextlib
 import functools
 import math
 
@@ -40,7 +41,19 @@ def times(kind, steps, start=START, end=END):
     return [start + (end - start) * u for u in inside]
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Torch shares even a softmax over three numbers among its threads, ten times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @functools.lru_cache
+@one_thread()
 def exact_flow():
     """(x at START, x at END), (1, 41) each; right to about 1e-13."""
     start = torch.linspace(-2, 2, 41, dtype=torch.float64)
@@ -55,6 +68,7 @@ def exact_flow():
     return start[None], torch.from_numpy(found.y[:, -1])[None]
 
 
+@one_thread()
 def endpoint_error(solver, grid, steps, **options):
     """The largest error at END over 41 starts. `solver` is a Solver, or a bare step; `options` go to its call."""
     start, end = exact_flow()
