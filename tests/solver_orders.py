@@ -19,8 +19,9 @@ def times(kind, steps, start=START, end=END):
     """The grid `kind` of so many steps from `start` to `end`.
 
     uniform   equal steps
-    rough     steps in the ratio 3 : 2 : 4 : 3 : 2 : 4 ..., which stay that uneven however fine the grid is: a multistep
-              solver whose coefficients hold for equal steps only loses its order here, and not on a smooth grid
+    rough     steps in the ratio 1 : 2 : 1 : 2 ..., which stay that uneven however fine the grid is: a multistep solver
+              whose coefficients hold for equal steps only loses its order here, and not on a smooth grid. (In longer
+              patterns, 1 : 2 : 3 say, the errors of a wrong coefficient can cancel.)
     shift     u/(3 - 2u), smooth, its shortest steps at the noise end
     logit     equal steps of log(t/(1-t))
     """
@@ -30,7 +31,7 @@ def times(kind, steps, start=START, end=END):
     if kind == "rough":
         ends = [0.0]
         for k in range(steps):
-            ends.append(ends[-1] + (3.0, 2.0, 4.0)[k % 3])
+            ends.append(ends[-1] + 1.0 + k % 2)
         inside = [each / ends[-1] for each in ends]
     else:
         inside = [k / steps for k in range(steps + 1)]

@@ -9,6 +9,9 @@ form the sum needs t M_k, M_k = int_s^t -tau^-2 (tau - s)^k dtau, which are fini
 
     t M_0 = -h/s,      t M_1 = h - l,      t M_2 = 2 s l - h (s + t),      l = t log(t/s) -> 0 at t = 0
 
+Near the noise eps is nearly x itself, so rounding and start errors are amplified where times grow step after step by
+more than a factor of 2.2 (`deis_3`: 1.4): not for grids that are geometric there. A few such steps do no harm.
+
 Memory: (eps, its time, older eps, its time). An older prediction that is kept is not copied.
 """
 
@@ -24,7 +27,6 @@ def _logarithm(s, t):
     return t * math.log1p((t - s) / s) if t != 0.0 else 0.0
 
 
-@lru_cache(4096)
 def weights_2(s, t, s1):
     """(w_0, w_1) = t C_j from the predictions at s and s1."""
     h = t - s
@@ -32,7 +34,6 @@ def weights_2(s, t, s1):
     return -h / s - w1, w1
 
 
-@lru_cache(4096)
 def weights_3(s, t, s1, s2):
     """(w_0, w_1, w_2) = t C_j from the predictions at s, s1 and s2."""
     h, log = t - s, _logarithm(s, t)
@@ -45,15 +46,15 @@ def weights_3(s, t, s1, s2):
 
 @lru_cache(4096)
 def _step_2(s, t, s1):
-    """The same as coefficients of x, v and eps_{-1}: eps_0 = x - s v."""
-    w0, w1 = weights_2(s, t, s1)
-    return t / s + w0, -s * w0, w1
+    """The coefficients of x, v and eps_{-1}: eps_0 = x - s v and t/s + w_0 = 1 - w_1, so nothing large cancels."""
+    _, w1 = weights_2(s, t, s1)
+    return 1.0 - w1, t - s + s * w1, w1
 
 
 @lru_cache(4096)
 def _step_3(s, t, s1, s2):
-    w0, w1, w2 = weights_3(s, t, s1, s2)
-    return t / s + w0, -s * w0, w1, w2
+    _, w1, w2 = weights_3(s, t, s1, s2)
+    return 1.0 - w1 - w2, t - s + s * (w1 + w2), w1, w2
 
 
 def _noise(x, v, s):

@@ -1,5 +1,6 @@
 """Adams-Bashforth and DEIS: coefficients, orders, errors, starts, ends of the path, gradients."""
 
+import cmath
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from solver_orders import GRIDS, endpoint_error, observed_order, times
 from pyflowmap import solvers
 from pyflowmap.algebra import evaluate, lazy
 from pyflowmap.flow_map import FlowMap
+from pyflowmap.interpolants import Trigonometric
 from pyflowmap.sampling import sample
 from pyflowmap.solvers import adams_bashforth, deis
 
@@ -173,6 +175,44 @@ def test_whole_runs_from_noise_to_data(name, kind, start):
     recorded = [sample(model, x0, 40, solver=solver, grad=grad) for grad in (True, "checkpoint")]
     for each in recorded:
         torch.testing.assert_close(each, out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_another_path_is_the_linear_one(name):
+    """The history lies on the linear path, whatever the model's: here x_r = sin(pi r/2) x1 + cos(pi r/2) x0."""
+    path = Trigonometric()
+    model = FlowMap(
+        lambda x, r: ORACLE.data(x / path.scale(r.double())[:, None], path.linear_time(r.double())[:, None]),
+        prediction="data",
+        interpolant=path,
+    )
+    x, r = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(4, 3), [0.1, 0.2, 0.35, 0.6, 0.7, 0.9]
+    grid = [path.linear_time(each) for each in r]
+    expected = solvers.named[name](ORACLE.velocity, x / path.scale(r[0]), grid) * path.scale(r[-1])
+    torch.testing.assert_close(sample(model, x, grid=r, solver=name), expected, rtol=2e-5, atol=2e-5)  # float32 times
+
+
+@pytest.mark.parametrize("name", ["deis_2", "deis_3"])
+def test_deis_keeps_its_digits_near_the_noise(name):
+    """A float32 state along times that grow by factors: the coefficients stay near 1 though 1/t is large."""
+    grid = [0.0, *(1e-6 * 1.3**k for k in range(52)), 1.0]
+    x0 = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(4, 3)
+    exactly = solvers.named[name](ORACLE.velocity, x0, grid)
+    rounded = solvers.named[name](lambda x, t: ORACLE.velocity(x.double(), t).float(), x0.float(), grid)
+    torch.testing.assert_close(rounded.double(), exactly, rtol=0, atol=3e-6)
+
+
+def test_where_deis_is_stable_near_the_noise():
+    """There eps = x, and x' = (1 - w_1 - w_2) x + w_1 x_{-1} + w_2 x_{-2}: its roots beside 1 say how errors grow."""
+
+    def largest(ratio, order):
+        if order == 2:
+            return abs(deis.weights_2(1.0, ratio, 1 / ratio)[1])
+        _, w1, w2 = deis.weights_3(1.0, ratio, 1 / ratio, ratio**-2)
+        # after division by (z - 1): z^2 + (w_1 + w_2) z + w_2
+        return max(abs(cmath.sqrt((w1 + w2) ** 2 / 4 - w2) * sign - (w1 + w2) / 2) for sign in (1, -1))
+
+    assert largest(2.2, 2) < 1 < largest(2.25, 2) and largest(1.4, 3) < 1 < largest(1.45, 3)
 
 
 @pytest.mark.parametrize("name", CASES)
