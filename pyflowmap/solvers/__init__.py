@@ -5,17 +5,26 @@ def ab2(velocity, x, s, t, old):
     return (x + h * v if old is None else x + h * (1.5 * v - 0.5 * old)), v
 """
 
+from .adams_bashforth import adams_bashforth_2, adams_bashforth_3
 from .buffers import Port
+from .deis import deis_2, deis_3
 from .driver import integrate
 from .flow_map import consistency, ctm_gamma, flow_map
 from .restart import edm_heun_churn, restart
-from .runge_kutta import euler, heun
+from .runge_kutta import edm_heun, euler, heun, heun_alpha, midpoint, rk4, rk4_38
 from .solver import Solver, solver, time_grid
 from .stochastic import ancestral, euler_maruyama
 
-__all__ = ["Port", "Solver", "integrate", "solver", "time_grid", "euler", "flow_map", "heun"]
-__all__ += ["ancestral", "consistency", "ctm_gamma", "edm_heun_churn", "euler_maruyama", "restart"]
-
-_stochastic = (ancestral, euler_maruyama, edm_heun_churn, restart, consistency, ctm_gamma)
-named = {each.name: each for each in (euler, heun, flow_map, *_stochastic)}
+named = {
+    each.name: each
+    for each in (
+        *(euler, midpoint, heun, heun_alpha, rk4, rk4_38, edm_heun),
+        *(adams_bashforth_2, adams_bashforth_3, deis_2, deis_3),
+        *(ancestral, euler_maruyama, edm_heun_churn, restart),
+        *(flow_map, consistency, ctm_gamma),
+    )
+}
 """What `sample(solver="...")` accepts."""
+
+__all__ = ["Port", "Solver", "integrate", "solver", "time_grid", "named"]  # and the named ones
+__all__ += list(named)
