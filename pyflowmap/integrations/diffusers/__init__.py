@@ -1,0 +1,20 @@
+"""Schedulers for the pipelines of diffusers: `FlowMapScheduler` (jumps) and `SolverScheduler` (any solver).
+
+Their time runs from 1000 = noise to 0 = data and their velocity is noise - data; both are turned here, at the edge.
+The networks of diffusers become flow maps by a ready call: see `pyflowmap.calls`.
+"""
+
+try:
+    import diffusers as _diffusers  # noqa: F401
+except ImportError as missing:
+    raise ImportError(
+        'pyflowmap.integrations.diffusers needs diffusers, which cannot be imported; pip install "pyflowmap[diffusers]"'
+    ) from missing
+
+from .flow_map import FlowMapScheduler
+from .solver import SolverScheduler
+
+__all__ = ["FlowMapScheduler", "SolverScheduler"]
+
+for _each in (FlowMapScheduler, SolverScheduler):
+    _each.__module__ = __name__  # a saved pipeline names its scheduler by this path
