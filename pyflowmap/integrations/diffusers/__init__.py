@@ -6,9 +6,9 @@ The networks of diffusers become flow maps by a ready call: see `pyflowmap.calls
 
 try:
     import diffusers as _diffusers  # noqa: F401
-except ImportError as missing:
-    raise ImportError(
-        'pyflowmap.integrations.diffusers needs diffusers, which cannot be imported; pip install "pyflowmap[diffusers]"'
+except ModuleNotFoundError as missing:
+    raise ModuleNotFoundError(
+        f'pyflowmap.integrations.diffusers needs {missing.name}; pip install "pyflowmap[diffusers]"', name=missing.name
     ) from missing
 
 from .flow_map import FlowMapScheduler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -29,7 +29,7 @@ class FlowMapScheduler(Schedule):
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
 
-    _compatibles: ClassVar = ["FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
+    _compatibles = ["FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012
 
     @register_to_config
     def __init__(

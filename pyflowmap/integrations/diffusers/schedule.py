@@ -27,7 +27,7 @@ _RESHAPED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "us
 _FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
-class Schedule(SchedulerMixin, ConfigMixin):
+class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Noise levels as those of diffusers' FlowMatchEulerDiscreteScheduler and FlowMapEulerDiscreteScheduler.
 
     num_train_timesteps  the length of the training schedule: timestep = sigma * num_train_timesteps

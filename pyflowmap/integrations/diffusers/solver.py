@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -37,7 +37,7 @@ class SolverScheduler(Schedule):
     tensor([1000.,  500.,  500.])
     """
 
-    _compatibles: ClassVar = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+    _compatibles = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
