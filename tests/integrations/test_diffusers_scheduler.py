@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers import FlowMapEulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler  # noqa: E402
-
 from integrations.models import normal  # noqa: E402
+
 from pyflowmap.integrations.diffusers import FlowMapScheduler  # noqa: E402
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -32,7 +32,8 @@ def run(scheduler, x, steps=4, **schedule):
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_trailing_levels_are_those_of_anyflow(shift, steps):
     ours, theirs = FlowMapScheduler(shift=shift), FlowMapEulerDiscreteScheduler(shift=shift)
-    for schedule in ({}, {"sigmas": [1 - k / steps**1.1 for k in range(steps)]}, {"timesteps": [999.0 - k for k in range(steps)]}):  # fmt: skip
+    given = [1 - k / steps**1.1 for k in range(steps)]
+    for schedule in ({}, {"sigmas": given}, {"timesteps": [1000 * s for s in given]}):
         for each in (ours, theirs):
             each.set_timesteps(steps, **schedule)
         torch.testing.assert_close(ours.sigmas, theirs.sigmas.float(), atol=2e-7, rtol=0)

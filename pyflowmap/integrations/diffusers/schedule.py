@@ -24,6 +24,7 @@ from .replay import settle
 __all__ = ["Schedule", "SchedulerOutput"]
 
 _RESHAPED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
+_NEAR = 1e-3  # timesteps closer than this are one: rounded to float32, one must still find itself
 _FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
@@ -166,15 +167,11 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
         ValueError where it is none of the schedule's.
         """
-        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        values = table.tolist()
-        value = float(timestep)
-        found = [i for i, each in enumerate(values) if abs(each - value) <= 1e-3]
-        if not found:
-            raise ValueError(f"timestep {value:g} is not in the schedule {[round(v, 3) for v in values[:8]]}")
-        best = min(found, key=lambda i: abs(values[i] - value))
-        equal = [i for i in found if values[i] == values[best]]
-        return equal[1] if len(equal) > 1 else equal[0]
+        values = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
+        found = _second_nearest(values, float(timestep))
+        if found is None:
+            raise ValueError(f"timestep {float(timestep):g} is not in the schedule {[round(v, 3) for v in values[:8]]}")
+        return found
 
     def _place(self, timestep: Any) -> int | None:
         """Which entry of `timesteps` this is, without a word to the device; None: not one of them, or unreadable."""
@@ -187,12 +184,10 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     return offset
             if timestep.device.type != "cpu" or timestep.numel() != 1:
                 return None
-        value = float(timestep)
-        expected = self._expected()
-        near = [i for i, each in enumerate(self._values) if abs(each - value) <= 1e-3]
-        if expected in near:
+        value, expected = float(timestep), self._expected()
+        if expected is not None and expected < len(self._values) and abs(self._values[expected] - value) <= _NEAR:
             return expected
-        return min(near, key=lambda i: abs(self._values[i] - value)) if near else None
+        return _second_nearest(self._values, value)
 
     def _expected(self) -> int | None:
         return self._begin_index if self._step_index is None else self._step_index
@@ -243,6 +238,16 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+def _second_nearest(values: Sequence[float], value: float) -> int | None:
+    """Where `value` is; of equal ones the second, at which a step begins where the one before it ended with the first.
+    None: nowhere."""
+    nearest = min(values, key=lambda each: abs(each - value))
+    if abs(nearest - value) > _NEAR:
+        return None
+    equal = [i for i, each in enumerate(values) if each == nearest]
+    return equal[1] if len(equal) > 1 else equal[0]
 
 
 def _host(values: Any) -> Any:

@@ -126,9 +126,6 @@ class SolverScheduler(Schedule):
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def _begin(self, place: int, sample: Tensor, generator: Any) -> int:
-        after = place + 1
-        if place not in self._starts and after in self._starts and self._values[place] == self._values[after]:
-            place = after  # told by its value alone: the end of one step is the start of the next
         if place not in self._starts:
             raise ValueError(
                 f"timestep {self._values[place]:g}, entry {place}, is inside a step of {self._solver.name}; begin at "
