@@ -87,7 +87,6 @@ def test_golden_levels():
         ({"sigmas": [0.2, 0.8]}, "do not fall"),
         ({"sigmas": [1.0, 0.0]}, "without the final 0"),
         ({"sigmas": [1.5, 0.5]}, "at most 1"),
-        ({"num_inference_steps": 2, "mu": 0.5}, "would be ignored"),
         ({"sigmas": [1.0, 0.5], "timesteps": [1000.0, 400.0]}, "both given and differ"),
     ],
 )

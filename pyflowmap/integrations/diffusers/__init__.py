@@ -5,7 +5,7 @@ The networks of diffusers become flow maps by a ready call: see `pyflowmap.calls
 """
 
 try:
-    import diffusers as _diffusers  # noqa: F401
+    from diffusers import SchedulerMixin  # a pipeline that is loaded looks for it here, beside our classes
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
         f'pyflowmap.integrations.diffusers needs {missing.name}; pip install "pyflowmap[diffusers]"', name=missing.name
@@ -14,7 +14,7 @@ except ModuleNotFoundError as missing:
 from .flow_map import FlowMapScheduler
 from .solver import SolverScheduler
 
-__all__ = ["FlowMapScheduler", "SolverScheduler"]
+__all__ = ["FlowMapScheduler", "SchedulerMixin", "SolverScheduler"]
 
 for _each in (FlowMapScheduler, SolverScheduler):
     _each.__module__ = __name__  # a saved pipeline names its scheduler by this path

@@ -107,9 +107,7 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 raise ValueError("use_dynamic_shifting = True needs mu: set_timesteps(..., mu=...)")
             factor = math.exp(mu) if c.time_shift_type == "exponential" else mu
             values = factor / (factor + (1 / values - 1))
-        elif mu is not None:
-            raise ValueError(f"mu = {mu} but use_dynamic_shifting = False, so it would be ignored; leave mu out")
-        else:
+        else:  # mu has no meaning here, but Flux's pipelines pass it whatever the scheduler
             values = self._shift * values / (1 + (self._shift - 1) * values)
         if c.shift_terminal:
             far = 1 - values
