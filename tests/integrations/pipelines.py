@@ -39,9 +39,9 @@ def _transformers():
 
 _PATHS = {
     "FluxPipeline": "flux.pipeline_flux",
-    "FluxImg2ImgPipeline": "flux.pipeline_flux_img2img",
     "StableDiffusion3Pipeline": "stable_diffusion_3.pipeline_stable_diffusion_3",
     "WanPipeline": "wan.pipeline_wan",
+    "WanVideoToVideoPipeline": "wan.pipeline_wan_video2video",
     "AnyFlowPipeline": "anyflow.pipeline_anyflow",
 }
 

@@ -112,20 +112,30 @@ def test_heun_is_their_heun(pipeline):
     assert (euler - theirs).abs().max() > 1e-3  # the second evaluations count
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_pipeline_that_starts_in_the_middle(order):
+    """It hands over the last half of `timesteps` and says nothing about where that begins."""
+    theirs = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)[order - 1](shift=3.0)
+    made = pipelines.load("WanVideoToVideoPipeline")(None, None, models.wan(), None, theirs)
+    made.options = wan(theirs).options | dict(strength=0.5, num_inference_steps=6)
+    del made.options["num_frames"]
+    expected = run(made)
+    full = run(made, strength=1.0)
+    assert (full - expected).abs().max() > 1e-2
+    made.scheduler = SolverScheduler(("euler", "heun")[order - 1], shift=3.0, timestep_spacing="linspace")
+    torch.testing.assert_close(run(made), expected, **CLOSE)
+
+
 @pytest.mark.skipif("dpm_solver_pp_2m" not in solvers.named, reason="DPM-Solver++(2M) is not in this build")
-@pytest.mark.parametrize("pipeline", [flux, sd3])
-def test_dpm_solver_is_their_dpm_solver(pipeline):
-    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-    made = pipeline(FlowMatchEulerDiscreteScheduler())
-    dpm = diffusers.DPMSolverMultistepScheduler(**config)
-    if pipeline is flux:  # it hands sigmas over
-        pytest.skip("DPMSolverMultistepScheduler takes no sigmas")
-    dpm.set_timesteps(4)
-    sigmas = dpm.sigmas[:-1].tolist()
-    made.scheduler = dpm
-    theirs = run(made)
+def test_dpm_solver_is_their_dpm_solver():
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    made = sd3(theirs)
+    expected = run(made)
+    sigmas = theirs.sigmas[:-1].tolist()
     made.scheduler = SolverScheduler("dpm_solver_pp_2m")
-    torch.testing.assert_close(run(made, num_inference_steps=None, sigmas=sigmas), theirs, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(run(made, num_inference_steps=None, sigmas=sigmas), expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("solver", [s.name for s in solvers.named.values() if s.takes == "velocity" and not s.loop])
