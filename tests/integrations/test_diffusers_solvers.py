@@ -34,7 +34,14 @@ def run(scheduler, x, **options):
 
 @pytest.mark.parametrize("solver", GRIDDED, ids=lambda solver: solver.name)
 def test_the_same_steps_to_the_bit(solver):
-    scheduler, x = SolverScheduler(solver.name, seed=5, shift=3.0), normal(2, 3, 4)
+    starts = ["low", "full"] if "start" in solver.options else [None]
+    for start in starts:
+        _same_steps(solver, {} if start is None else {"start": start})
+
+
+def _same_steps(solver, options):
+    scheduler, x = SolverScheduler(solver.name, options, seed=5, shift=3.0), normal(2, 3, 4)
+    solver = solver.using(**options)
     scheduler.set_timesteps(6)
     grid = [3 * s / (1 + 2 * s) for s in (1 - k / 6 for k in range(6))]
     grid = [1.0 - float(np.float32(s)) for s in grid] + [1.0]
@@ -42,6 +49,14 @@ def test_the_same_steps_to_the_bit(solver):
     assert torch.equal(run(scheduler, x), ours)
     scheduler.set_timesteps(6)  # again, and without touching what it was given
     assert torch.equal(run(scheduler, x.clone()), ours)
+
+
+@pytest.mark.parametrize("solver", [s for s in GRIDDED if "start" in s.options], ids=lambda solver: solver.name)
+def test_multistep_solvers_take_one_evaluation_per_step(solver):
+    scheduler = SolverScheduler(solver.name)
+    for steps in (1, 2, 5):
+        scheduler.set_timesteps(steps)
+        assert len(scheduler.timesteps) == steps
 
 
 def test_options_reach_the_solver():

@@ -48,7 +48,7 @@ class Replay:
         self.name, self.step = solver.name, solver.configured
         self.pairs, self.k = list(pairwise(visits)), first
         self.draw = Noise(seed).source(x)
-        self.end, self.singular = visits[-1], singular
+        self.visits, self.singular = visits, singular
         self.memories, self.memory, self.stream = Memory(x, reuse=False), None, 0
         self.known: list[Lazy] = []
         self.point, self.state = x, lazy(x)
@@ -95,7 +95,8 @@ class Replay:
             def velocity(argument: Lazy, *at: float) -> Lazy:
                 return self._velocity(argument, *at)
 
-            velocity.noise, velocity.end, velocity.singular = self.draw, self.end, self.singular  # type: ignore
+            told: Any = velocity
+            told.noise, told.times, told.end, told.singular = self.draw, self.visits, self.visits[-1], self.singular
             try:
                 x_next, returned = self.step(velocity, self.state, *self.pairs[self.k], self.memory)
             except _Asked as question:

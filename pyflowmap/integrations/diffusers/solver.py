@@ -21,7 +21,8 @@ class SolverScheduler(Schedule):
     """The step functions of `pyflowmap.solvers`, bit for bit, driven by a pipeline's loop.
 
     solver            a name in `pyflowmap.solvers.named`, of those that take a velocity and a fixed grid
-    solver_options    its keyword options, e.g. {"alpha": 0.5}
+    solver_options    its keyword options, e.g. {"alpha": 0.5}. Multistep solvers start by default with start="low",
+                      steps of lower order, so that n steps are n evaluations, as users of diffusers expect
     evaluate_at_data  whether the network may be asked at timestep 0. By default steps whose last evaluation lies there
                       do without, as FlowMatchHeunDiscreteScheduler does
     seed              of the noise that a stochastic solver draws; None: from the `generator` given to the first step
@@ -150,7 +151,10 @@ def _chosen(name: str, options: dict[str, Any] | None) -> solvers.Solver:
         raise ValueError(f"solver = {name!r} takes jumps, which need a network of two times; use FlowMapScheduler")
     if chosen.loop is not None:
         raise ValueError(f"solver = {name!r} chooses its own steps, a pipeline wants them beforehand; use pfm.sample")
-    return chosen.using(**options) if options else chosen
+    given = dict(options or {})
+    if "start" in chosen.options:
+        given.setdefault("start", "low")
+    return chosen.using(**given) if given else chosen
 
 
 def _seed(seed: int | None, generator: Any, sample: Tensor) -> int | Tensor | None:
