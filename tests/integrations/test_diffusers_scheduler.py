@@ -1,5 +1,9 @@
 """FlowMapScheduler against the formula, and against diffusers' own schedulers where those are right."""
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +27,18 @@ def run(scheduler, x, steps=4, **schedule):
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, t.float()), t, x, return_dict=False)[0]
     return x
+
+
+def test_without_diffusers_the_error_names_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "pyflowmap.integrations.diffusers")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install \"pyflowmap\[diffusers\]\""):
+        importlib.import_module("pyflowmap.integrations.diffusers")
+
+
+def test_pyflowmap_does_not_import_diffusers():
+    code = "import sys, pyflowmap, pyflowmap.integrations; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- schedules ------------------------------------------------------------------------------------------------------
@@ -187,6 +203,11 @@ def test_where_diffusers_own_is_wrong():
     x, v = torch.full((1, 3), 256.0), torch.full((1, 3), -1.0, dtype=torch.bfloat16)
     assert (ours.step(v, 1000.0, x, r_timestep=900.0).prev_sample == 256.1).all()
     assert (theirs.step(v, 1000.0, x, r_timestep=900.0).prev_sample == 256).all()
+
+    # it steps before there is a schedule, and drops timesteps where sigmas are given too
+    assert FlowMapEulerDiscreteScheduler().step(v, 1000.0, x) is not None
+    theirs.set_timesteps(sigmas=[1.0, 0.5], timesteps=[1000.0, 400.0])
+    assert theirs.timesteps.tolist() == [1000.0, 500.0]
 
 
 def test_out_of_order_and_before_the_schedule_raise():
