@@ -66,6 +66,8 @@ class FlowMap:
                 'prediction="mean_velocity" needs a call that passes both times, e.g. call="start_and_end"; '
                 'a single-time network predicts "velocity"'
             )
+        if hasattr(call, "check"):
+            call.check(self.prediction, self.interpolant)
         object.__setattr__(self, "call", call)
 
     # ---- what one asks of it: tensors ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
     path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in path.read_text()
 ]
-OPTIONAL = {"matplotlib", "mlxtend", "sklearn", "ot"}
+OPTIONAL = {"diffusers", "matplotlib", "mlxtend", "sklearn", "ot"}
 
 
 def modules() -> list[str]:
