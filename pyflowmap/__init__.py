@@ -4,6 +4,7 @@ import torch as _torch  # noqa: F401  first: the compiled module shares the Open
 
 from pyflowmap import (
     guidance,
+    integrations,
     interpolants,
     nn,
     objectives,
@@ -56,6 +57,8 @@ __all__ = [
     # learning
     "objectives",
     "training",
+    # where users already are
+    "integrations",
     # what is installed
     "build_config",
     "__version__",
