@@ -6,7 +6,7 @@ the last step returned: None, a lazy, or a tuple of lazies and plain values; its
 evaluates x_next. Without gradients everything goes into buffers allocated once.
 
     velocity.noise()    a standard normal field, another one at each call, drawn inside the launch that uses it
-    velocity.end        the last time of the run
+    velocity.times      the times of the run, in the order of the steps; velocity.end is the last
     velocity.singular   times at which there is no velocity: the data end for a network that predicts data
 """
 
@@ -147,6 +147,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         return field(whole, argument if cast else lazy(parts[0]), *at)
 
     velocity.noise, velocity.end, velocity.singular = draws.source(x), times[-1], port.singular
+    velocity.times = times
     pairs = list(pairwise(times))
     if progress:
         from tqdm.auto import tqdm
@@ -229,6 +230,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         return field(whole.repeat(port.slots, *(1,) * (x.dim() - 1)) if port.slots > 1 else whole, point, *at)
 
     velocity.noise, velocity.end, velocity.singular = draw, times[-1], port.singular
+    velocity.times = times
 
     def advance(first_stream, s, t, tree, here, *leaves):
         nonlocal state, shape

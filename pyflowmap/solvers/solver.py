@@ -88,7 +88,8 @@ class Solver:
             raise ValueError(f"nfe = {nfe!r}; it is a whole number, at least 1")
         if self.loop is not None:
             raise ValueError(f"{self.name} chooses its own steps; bound it by max_nfe instead of nfe")
-        starting = self.starting if self.options.get("start", "full") == "full" else 0
+        full = self.options.get("start", "full") == "full" and not self.options.get("eta", 0.0)
+        starting = self.starting if full else 0
         steps, over = divmod(nfe - starting, self.nfe)
         if over or steps < 1:
             least = starting + self.nfe
