@@ -87,6 +87,19 @@ def _multistep(velocity, x, s, t, memory, order, eta, kind, start, lower_order_f
     return after, None if ended or order == 1 else (D, s, old if order == 3 else None, s1 if order == 3 else None)
 
 
+def _spends(order):
+    """Evaluations of a number of equal steps from 0 to 1: one each, one more for a starting step."""
+
+    def spends(steps, *, eta, start, lower_order_final, **_):
+        total = steps
+        for k in range(1, steps):  # from t_{k-1}; t_1, ..., t_{k-1} are its history. The last, to the data, takes one
+            wanted = min(order, steps - k + 1) if lower_order_final else order
+            total += start == "full" and not eta and wanted > max(k - 1, 1)
+        return total
+
+    return spends
+
+
 @solver(order=1, nfe=1, stochastic=True, check=check)
 def dpm_solver_pp_1(velocity, x, s, t, memory, *, eta=0.0):
     """DPM-Solver++(1): x' = (1-t)/(1-s) e^{-eta h} x + t (1 - e^{-(1+eta) h}) D + (1-t) sqrt(1 - e^{-2 eta h}) z.
@@ -103,7 +116,7 @@ def dpm_solver_pp_1(velocity, x, s, t, memory, *, eta=0.0):
     return _multistep(velocity, x, s, t, None, 1, eta, "exact", "low", False)
 
 
-@solver(order=2, nfe=1, starting=2, stochastic=True, nodes=nodes, check=check)
+@solver(order=2, nfe=1, starting=2, stochastic=True, nodes=nodes, spends=_spends(2), check=check)
 def dpm_solver_pp_2m(velocity, x, s, t, memory, *, eta=0.0, variant="midpoint", start="full", lower_order_final=False):
     """DPM-Solver++(2M): D extrapolated linearly in lambda through its last two values. Order 2, 1 NFE per step.
 
@@ -125,7 +138,7 @@ def dpm_solver_pp_2m(velocity, x, s, t, memory, *, eta=0.0, variant="midpoint", 
     return _multistep(velocity, x, s, t, memory, 2, eta, variant, start, lower_order_final)
 
 
-@solver(order=3, nfe=1, starting=3, stochastic=True, nodes=nodes, check=check)
+@solver(order=3, nfe=1, starting=3, stochastic=True, nodes=nodes, spends=_spends(3), check=check)
 def dpm_solver_pp_3m(
     velocity, x, s, t, memory, *, eta=0.0, coefficients="exact", start="full", lower_order_final=False
 ):
@@ -175,23 +188,14 @@ def _split_noise(s: float, m: float, t: float) -> tuple[float, float]:
     return math.sqrt(w), math.sqrt(1.0 - w)
 
 
-def _inner_node(s, t, *, eta=0.0, **_):
-    return () if t == 1.0 or t == 0.0 or (s == 0.0 and eta) else (middle(s, t),)
+def _inner_node(s, t, *, eta=None):
+    return () if t == 1.0 or t == 0.0 or (s == 0.0 and eta is not None) else (middle(s, t),)
 
 
 def _singlestep(velocity, x, s, t, eta):
-    if eta != 0.0:
-        refuse_backward_noise(eta, s, t)
     b = velocity(x, s)
-    if t == 1.0 or t == 0.0:
-        return x + (t - s) * b
-    m = middle(s, t)
-    if s == 0.0 or s == 1.0:
-        if eta == 0.0:
-            return midpoint(velocity, x, b, s, t)
-        a, c, n = singlestep_coefficients(s, t, eta)
-        return a * x + c * (x + (1.0 - s) * b) + n * velocity.noise()
     D = x + (1.0 - s) * b
+    m = middle(s, t)
     a, c, n = singlestep_coefficients(s, t, eta)
     a_m, c_m, n_m = singlestep_coefficients(s, m, eta)
     point = a_m * x + c_m * D
@@ -204,7 +208,7 @@ def _singlestep(velocity, x, s, t, eta):
     return a * x + c * D_m + (n * before / n_m) * (inside - point) + (n * beyond) * velocity.noise()
 
 
-@solver(order=2, nfe=2, nodes=_inner_node)
+@solver(order=2, nfe=2, nodes=_inner_node, spends=lambda steps: 2 * steps - 1)
 def dpm_solver_pp_2s(velocity, x, s, t, memory):
     """DPM-Solver++(2S), r = 1/2: the midpoint rule in lambda, on the exponential integrator. Order 2, 2 NFE per step.
 
@@ -214,20 +218,39 @@ def dpm_solver_pp_2s(velocity, x, s, t, memory):
     Lu et al. 2022b, alg. 1 (the general r: (1 - 1/(2r)) D + 1/(2r) D_m). Not to be confused with 2M, or with the
     midpoint rule in t.
     """
+    if t == 1.0 or t == 0.0:
+        return x + (t - s) * velocity(x, s), None
+    if s == 0.0 or s == 1.0:
+        return midpoint(velocity, x, velocity(x, s), s, t), None
     return _singlestep(velocity, x, s, t, 0.0), None
 
 
-@solver(order=None, nfe=2, stochastic=True, nodes=_inner_node, check=check)
+@solver(
+    order=None,
+    nfe=2,
+    stochastic=True,
+    nodes=_inner_node,
+    spends=lambda steps, eta: max(2 * steps - 2, 1),
+    check=check,
+)
 def dpm_solver_pp_sde(velocity, x, s, t, memory, *, eta=1.0):
     """DPM-Solver++ (stochastic), r = 1/2: `dpm_solver_pp_2s` with ancestral transitions. 2 NFE per step.
 
         x_m = a_m x + c_m D(x, s) + n_m z_m,    x' = a x + c D(x_m, m) + n z
 
     each transition s -> m and s -> t with its own S_up and S_down (see `singlestep_coefficients`); z_m and z are parts
-    of one Brownian motion in S = (1-t)/t. With eta = 0 it is `dpm_solver_pp_2s`. From t = 0 with eta > 0 one
-    transition of order 1, and a step to t = 1 is x' = D, 1 NFE each. After k-diffusion's sample_dpmpp_sde (Crowson).
+    of one Brownian motion in S = (1-t)/t. From t = 0 one transition of order 1, and a step to t = 1 is x' = D, 1 NFE
+    each; elsewhere it is `dpm_solver_pp_2s` at eta = 0. After k-diffusion's sample_dpmpp_sde (Crowson).
     Not to be confused with SDE-DPM-Solver++(2M), `dpm_solver_pp_2m.using(eta=1.0)`.
 
     eta     0: no noise; 1: the ancestral transitions of the reverse diffusion
     """
+    if eta != 0.0:
+        refuse_backward_noise(eta, s, t)
+    if t == 1.0 or t == 0.0 or s == 1.0:
+        return x + (t - s) * velocity(x, s), None
+    if s == 0.0:
+        a, c, n = singlestep_coefficients(s, t, eta)
+        after = a * x + c * (x + velocity(x, s))
+        return after if n == 0.0 else after + n * velocity.noise(), None
     return _singlestep(velocity, x, s, t, eta), None
