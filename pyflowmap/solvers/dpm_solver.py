@@ -63,7 +63,7 @@ def _multistep(velocity, x, s, t, memory, order, eta, kind, start, lower_order_f
     ended, reached = t == velocity.end, 1 if old is None else 2 if older is None else 3
     wanted = min(order, remaining(velocity, t)) if lower_order_final else order
     infinite = s == 0.0 or s == 1.0  # D there is no history
-    if start == "full" and eta == 0.0 and wanted > (1 if infinite else reached):
+    if start == "full" and eta == 0.0 and wanted > reached:
         D = x + (1.0 - s) * b
         return midpoint(velocity, x, b, s, t), None if ended or infinite else (D, s, old, s1)
     if infinite:

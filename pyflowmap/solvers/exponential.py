@@ -8,8 +8,8 @@ ratio,
 exactly; a solver is a choice of polynomial for D. lambda is -inf at the noise end and +inf at the data end, so D there
 is no history for a polynomial in lambda, and steps that touch an end are of order 1: x + (t-s) b, which is D at t = 1.
 
-The orders are those of grids whose steps shrink in lambda. The first steps of a grid that is uniform in t from 0 do not,
-however many there are: they leave an error c h^2, with a small c that orders above 2 come to see.
+The orders are those of grids whose steps shrink in lambda. The first steps of a grid that is uniform in t from 0 do
+not, however many there are: they leave an error c h^2, with a small c that orders above 2 come to see.
 """
 
 from __future__ import annotations

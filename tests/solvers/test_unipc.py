@@ -54,7 +54,7 @@ def exact():
     return exact_flow(START, 0.05, 0.95)
 
 
-# ---- coefficients ------------------------------------------------------------------------------------------------------
+# ---- coefficients ----------------------------------------------------------------------------------------------------
 
 # of the step 0.3 -> 0.5 after 0.2 and 0.1: from the specification
 GOLDEN = [
@@ -103,7 +103,7 @@ def test_a_step_is_the_published_one(order, variant):
     assert got == pytest.approx(expected, rel=1e-12)
 
 
-# ---- orders and errors -------------------------------------------------------------------------------------------------
+# ---- orders and errors -----------------------------------------------------------------------------------------------
 
 ORDERS = [
     *[(each.using(variant=variant), p + 1) for p, each in enumerate(SOLVERS, 1) for variant in ("bh1", "bh2")],
@@ -151,7 +151,7 @@ def test_errors_have_the_known_size(solver, expected, exact):
         assert error / 2 < got < error * 2, (grid.__name__, n, got)
 
 
-# ---- diffusers ---------------------------------------------------------------------------------------------------------
+# ---- diffusers -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
@@ -182,7 +182,7 @@ def test_agrees_with_diffusers(order, lower, variant):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-# ---- whole runs --------------------------------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------------------------------
 
 ALL = [
     *SOLVERS,
