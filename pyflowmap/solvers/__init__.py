@@ -8,18 +8,22 @@ def ab2(velocity, x, s, t, old):
 from .adams_bashforth import adams_bashforth_2, adams_bashforth_3
 from .buffers import Port
 from .deis import deis_2, deis_3
+from .dpm_solver import dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_2s, dpm_solver_pp_3m, dpm_solver_pp_sde
 from .driver import integrate
 from .flow_map import consistency, ctm_gamma, flow_map
 from .restart import edm_heun_churn, restart
 from .runge_kutta import edm_heun, euler, heun, heun_alpha, midpoint, rk4, rk4_38
 from .solver import Solver, solver, time_grid
 from .stochastic import ancestral, euler_maruyama
+from .unipc import unipc_1, unipc_2, unipc_3
 
 named = {
     each.name: each
     for each in (
         *(euler, midpoint, heun, heun_alpha, rk4, rk4_38, edm_heun),
         *(adams_bashforth_2, adams_bashforth_3, deis_2, deis_3),
+        *(dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_3m, dpm_solver_pp_2s, dpm_solver_pp_sde),
+        *(unipc_1, unipc_2, unipc_3),
         *(ancestral, euler_maruyama, edm_heun_churn, restart),
         *(flow_map, consistency, ctm_gamma),
     )

@@ -7,6 +7,7 @@ Memory: (b, its time, older b, its time, ...). An older velocity that is kept is
 
 from functools import lru_cache
 
+from ..algebra import weighted
 from .runge_kutta import midpoint_from, rk4_from
 from .solver import solver
 
@@ -54,7 +55,7 @@ def adams_bashforth_2(velocity, x, s, t, memory, *, start="full"):
         return (midpoint_from(v, velocity, x, s, t) if start == "full" else x + (t - s) * v), (v, s)
     old, s1 = memory
     w0, w1 = weights_2(t - s, s - s1)
-    return x + w0 * v + w1 * old, (v, s)
+    return weighted(1.0, x, w0, v, w1, old), (v, s)
 
 
 @solver(order=3, nfe=1, starting=6, nodes=start_nodes, check=check_start)
@@ -76,10 +77,10 @@ def adams_bashforth_3(velocity, x, s, t, memory, *, start="full"):
     old, s1, older, s2 = memory
     if older is not None:
         w0, w1, w2 = weights_3(t - s, s - s1, s1 - s2)
-        x_next = x + w0 * v + w1 * old + w2 * older
+        x_next = weighted(1.0, x, w0, v, w1, old, w2, older)
     elif start == "full":
         x_next = rk4_from(v, velocity, x, s, t)
     else:
         w0, w1 = weights_2(t - s, s - s1)
-        x_next = x + w0 * v + w1 * old
+        x_next = weighted(1.0, x, w0, v, w1, old)
     return x_next, (v, s, old, s1)

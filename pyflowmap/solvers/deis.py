@@ -18,6 +18,7 @@ Memory: (eps, its time, older eps, its time). An older prediction that is kept i
 import math
 from functools import lru_cache
 
+from ..algebra import weighted
 from .adams_bashforth import check_start, start_nodes
 from .runge_kutta import midpoint_from, rk4_from
 from .solver import solver
@@ -58,7 +59,7 @@ def _step_3(s, t, s1, s2):
 
 
 def _noise(x, v, s):
-    return x - s * v if s != 0.0 else x
+    return weighted(1.0, x, -s, v) if s != 0.0 else x
 
 
 @solver(order=2, nfe=1, starting=1, nodes=start_nodes, check=check_start)
@@ -78,7 +79,7 @@ def deis_2(velocity, x, s, t, memory, *, start="full"):
         return (midpoint_from(v, velocity, x, s, t) if start == "full" else x + (t - s) * v), (_noise(x, v, s), s)
     old, s1 = memory
     of_x, of_v, of_old = _step_2(s, t, s1)
-    return of_x * x + of_v * v + of_old * old, (_noise(x, v, s), s)
+    return weighted(of_x, x, of_v, v, of_old, old), (_noise(x, v, s), s)
 
 
 @solver(order=3, nfe=1, starting=6, nodes=start_nodes, check=check_start)
@@ -99,10 +100,10 @@ def deis_3(velocity, x, s, t, memory, *, start="full"):
     old, s1, older, s2 = memory
     if older is not None:
         of_x, of_v, of_old, of_older = _step_3(s, t, s1, s2)
-        x_next = of_x * x + of_v * v + of_old * old + of_older * older
+        x_next = weighted(of_x, x, of_v, v, of_old, old, of_older, older)
     elif start == "full":
         x_next = rk4_from(v, velocity, x, s, t)
     else:
         of_x, of_v, of_old = _step_2(s, t, s1)
-        x_next = of_x * x + of_v * v + of_old * old
+        x_next = weighted(of_x, x, of_v, v, of_old, old)
     return x_next, (eps, s, old, s1)

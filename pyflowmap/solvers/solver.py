@@ -30,6 +30,7 @@ class Solver:
     stochastic  whether it draws noise
     nodes       nodes(s, t, **options): the times inside a step at which it asks the network, beside s and t
     plan        plan(times, **options): the times that it visits for a grid, where not the grid itself; None as usual
+    spends      spends(steps, **options): evaluations of `steps` equal steps from 0 to 1, where not each takes `nfe`
     loop        its own loop in place of the driver's, for adaptive solvers
     check       check(**options): raises for options out of range
     options     the step's keyword options; `using` changes them
@@ -44,6 +45,7 @@ class Solver:
     stochastic: bool = False
     nodes: Callable[..., Sequence[float]] | None = None
     plan: Callable[..., list[float]] | None = None
+    spends: Callable[..., int] | None = None
     loop: Callable | None = None
     check: Callable | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -90,6 +92,13 @@ class Solver:
             raise ValueError(f"{self.name} chooses its own steps; bound it by max_nfe instead of nfe")
         if self.plan is not None and len(self.visits([0.0, 0.5, 1.0])) != 3:
             raise ValueError(f"{self.name} visits more times than its grid has, so nfe = {nfe} is not met; pass steps")
+        if self.spends is not None:
+            spent = [self.spends(steps, **self.options) for steps in range(1, nfe + 2)]
+            if nfe in spent:
+                return spent.index(nfe) + 1
+            near = [*[n for n in spent if n < nfe][-1:], *[n for n in spent if n > nfe][:1]]
+            offers = " or ".join(map(str, near))
+            raise ValueError(f"nfe = {nfe} can't be met: {self.name} can spend {offers}")
         starting = self.starting if self.options.get("start", "full") == "full" else 0
         steps, over = divmod(nfe - starting, self.nfe)
         if over or steps < 1:
