@@ -5,13 +5,15 @@ def ab2(velocity, x, s, t, old):
     return (x + h * v if old is None else x + h * (1.5 * v - 0.5 * old)), v
 """
 
+from .adaptive import Adaptive
 from .buffers import Port
+from .dopri5 import dopri5
 from .driver import integrate
 from .flow_map import flow_map
 from .runge_kutta import euler, heun
 from .solver import Solver, solver, time_grid
 
-__all__ = ["Port", "Solver", "integrate", "solver", "time_grid", "euler", "flow_map", "heun"]
+__all__ = ["Adaptive", "Port", "Solver", "integrate", "solver", "time_grid", "dopri5", "euler", "flow_map", "heun"]
 
-named = {each.name: each for each in (euler, heun, flow_map)}
+named = {each.name: each for each in (euler, heun, flow_map, dopri5)}
 """What `sample(solver="...")` accepts."""
