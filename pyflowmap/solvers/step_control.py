@@ -37,7 +37,7 @@ class StepControl:
         self.start, self.goal = start, end
         self.t = np.full(groups, start)
         self.h = np.zeros(groups)  # lengths, without sign
-        self.size, self.hits = self.h, self.t == self.t
+        self.size, self.hits = self.h, np.zeros(groups, dtype=bool)
         self.stuck = np.zeros(groups, dtype=bool)
         self.active = np.ones(groups, dtype=bool)
         self.lost = np.zeros(rows, dtype=bool)  # not finite
