@@ -267,7 +267,7 @@ def error_norm(
 ) -> Tensor:  # (B,)
     """Per row, the sum of squares of f sum_j c_j K_j / (atol + rtol max(|x|, |y|)); 0 where f is 0, whatever the
     operands hold. Contract: csrc/error_norm/error_norm.h."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if any(each.dtype == torch.float64 for each in (x, y, *terms)) else torch.float32
     error = torch.zeros(x.shape, dtype=wide, device=x.device)
     for c, term in zip(coefficients, terms, strict=True):
         error = error + c * term.to(wide)

@@ -1,8 +1,7 @@
 // error_norm.cu - the size of a Runge-Kutta step's error in tolerances, per sample, in one pass.
 //   contract: error_norm.h        kernels: error_norm_kernel.h
-#include "error_norm/error_norm_kernel.h"
-
 #include "common/column_sums.h"
+#include "error_norm/error_norm_kernel.h"
 
 namespace pyflowmap {
 namespace error_norm_device {
@@ -63,8 +62,8 @@ Status error_norm_cuda(const ErrorNorm& p, int device, void* stream_pointer) {
   const auto kernel = width == 8 ? error_norm_kernel<8> : error_norm_kernel<4>;
   const Status status = LAUNCH(kernel, dim3(blocks), dim3(kThreads), 0, stream, arguments);
   if (!status.ok() || !arguments.partials) return status;
-  return LAUNCH(error_norm_finish_kernel, dim3(static_cast<unsigned>(rows < most ? rows : most)), dim3(kFinishThreads), 0,
-                stream, arguments);
+  return LAUNCH(error_norm_finish_kernel, dim3(static_cast<unsigned>(rows < most ? rows : most)), dim3(kFinishThreads),
+                0, stream, arguments);
 }
 
 }  // namespace pyflowmap

@@ -41,7 +41,8 @@ void ratios(const ErrorNorm&, A* __restrict to, const A* const* k, const A* __re
   }
 }
 
-template <class A> using Loop = void (*)(const ErrorNorm&, A*, const A* const*, const A*, const A*, const Numbers<A>&, int);
+template <class A> using Loop = void (*)(const ErrorNorm&, A*, const A* const*, const A*, const A*, const Numbers<A>&,
+                                         int);
 
 template <class A> Loop<A> loop_of(int terms) {
   static constexpr Loop<A> table[kMost] = {ratios<A, 1>, ratios<A, 2>, ratios<A, 3>, ratios<A, 4>,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..algebra import Lazy, evaluate, lazy
-from ..reference import error_norm
+from ..ops.error_norm import error_norm
 from .stages import Stages, tensor_of
 from .step_control import Plan, StepControl
 

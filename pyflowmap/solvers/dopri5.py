@@ -61,8 +61,8 @@ def dopri5(
     """Dormand-Prince 5(4), steps as long as the tolerance allows: order 5, 6 NFE per step tried and 2 to start.
 
         k_i = v(x + h sum_j a_ij k_j, s + c_i h),     x' = x + h sum_j b_j k_j,     e = h sum_j (b_j - b^_j) k_j
-        r = sqrt(mean_i (e_i / (atol + rtol max(|x_i|, |x'_i|)))^2);   x' is taken where r <= 1, and with f = 0.9 r^(-1/5)
-        h <- h min(10, max(f, 1 if r < 1 else 0.2))
+        r = sqrt(mean_i (e_i / (atol + rtol max(|x_i|, |x'_i|)))^2),       x' is taken where r <= 1
+        h <- h min(10, max(0.9 r^(-1/5), 1 if r < 1 else 0.2))
 
     Dormand & Prince 1980, table 2; first step and controller: Hairer, Norsett & Wanner 1993, II.4. Not to be confused
     with Bogacki-Shampine 5(4), nor with torchdiffeq's estimate, which is 2/3 of the pair's own: error="shampine".

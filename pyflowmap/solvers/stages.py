@@ -86,8 +86,9 @@ class Stages:
                 kept = self.next = torch.empty_like(self.like) if self.next is None else self.next
                 combinations.append(here)
                 outs.append(kept)
-            stored = None if waiting is None else self._buffer(len(k) - 1)
+            stored = None
             if waiting is not None:
+                stored = self._buffer(len(k) - 1)
                 combinations.append(waiting)
                 outs.append(stored)
             if len(outs) == 1:
@@ -110,7 +111,8 @@ class Stages:
         try:
             return self.field(argument, x, t)
         except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(t, Tensor) and any(each in str(error) for each in ("Boolean value of Tensor", "converted to")):
+            scalar = "Boolean value of Tensor" in str(error) or "converted to" in str(error)
+            if isinstance(t, Tensor) and scalar:
                 raise TypeError(
                     "the field, or the guidance, takes its time for a number, but per-sample steps have one time per "
                     'sample; use solvers.dopri5.using(control="batch")'
@@ -145,8 +147,8 @@ class Stages:
                 evaluate(states, velocities, out=(x_next, velocity))
                 k_next = lazy(velocity)
         if not self.recorded:  # what was the last stage is the first of the next step, whose buffers are free
-            for each in (self.arguments, self.velocities):
-                each[0], each[self.last] = each[self.last], each[0]  # type: ignore[call-overload]
+            a, v, last = self.arguments, self.velocities, self.last
+            a[0], a[last], v[0], v[last] = a[last], a[0], v[last], v[0]
             if x is self.like:  # the caller's
                 self.next = None
                 if self.plain:

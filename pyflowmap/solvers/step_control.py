@@ -35,8 +35,8 @@ class StepControl:
         self.time_type = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.columns = x.numel() // max(rows, 1)
         self.start, self.goal = start, end
-        self.t = np.full(groups, start)
-        self.h = np.zeros(groups)  # lengths, without sign
+        self.t: np.ndarray = np.full(groups, start)
+        self.h: np.ndarray = np.zeros(groups)  # lengths, without sign
         self.size, self.hits = self.h, np.zeros(groups, dtype=bool)
         self.stuck = np.zeros(groups, dtype=bool)
         self.active = np.ones(groups, dtype=bool)
@@ -151,7 +151,6 @@ class StepControl:
     def outcome(self) -> tuple[Tensor, Any, Any, Any]:
         """converged, accepted, rejected, t; see `Adaptive`."""
         converged = torch.from_numpy((self.t == self.end) & ~self.lost).to(self.device)
-        numbers = self.accepted, self.rejected, self.t
-        if self.per_sample:
-            return converged, *(torch.from_numpy(each).to(self.device) for each in numbers)
-        return converged, *(each[0].item() for each in numbers)
+        found: list[Any] = [self.accepted, self.rejected, self.t]
+        found = [torch.from_numpy(each).to(self.device) if self.per_sample else each[0].item() for each in found]
+        return converged, found[0], found[1], found[2]

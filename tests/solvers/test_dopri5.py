@@ -431,5 +431,3 @@ def test_the_classical_order_conditions():
             assert float(weights @ tall) == pytest.approx(1 / torch.arange(1, k + 2).prod().item(), abs=1e-14)
             tall = a @ tall
     assert abs(float((b - e) @ c**4) - 1 / 5) > 1e-4  # and no more: else the pair says nothing
-
-
