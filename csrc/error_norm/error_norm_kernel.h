@@ -30,7 +30,7 @@ namespace {
 
 // Width elements per access: 4, or 8 where all operands are 16 bits wide.
 template <int Width>
-__global__ void __launch_bounds__(kThreads) error_norm_kernel(const __grid_constant__ Arguments p) {
+__global__ void __launch_bounds__(kThreads, 4) error_norm_kernel(const __grid_constant__ Arguments p) {
   SHARED(float, space, 32);
   for (int64_t unit = blockIdx.x; unit < p.units; unit += gridDim.x) {
     const int64_t row = p.units_per_row == 1 ? unit : unit / p.units_per_row, part = unit - row * p.units_per_row;

@@ -77,6 +77,9 @@ def dopri5(
     max_nfe     network evaluations at most, then the run ends where it is
     first_step  its length; else Hairer's choice, by one evaluation more
 
+    A network in half precision makes errors of its own, 0.4 % of a velocity in bfloat16: with rtol below 1e-2 the steps
+    shrink to nothing.
+
     Called as `dopri5(velocity, x, grid)` it returns `Adaptive`: the state, and what became of the run. It never raises
     for an exhausted budget: look at `converged`. `pfm.sample(solver="dopri5")` returns the state and warns instead.
     A sample whose velocity is NaN or infinite stops there and does not hold up others: an error as in any solver, and

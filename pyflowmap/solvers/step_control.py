@@ -91,8 +91,8 @@ class StepControl:
             t, length = float(self.t[0]), float(h[0])
             end = self.goal if bool(self.hits[0]) and length != 0.0 else t + length
             return Plan(length, [end if c == 1.0 else t + c * length for c in nodes])
-        end = np.where(self.hits & (h != 0.0), self.goal, self.t + h)
-        rows = [h, *(end if c == 1.0 else self.t + c * h for c in nodes)]
+        ends = np.where(self.hits & (h != 0.0), self.goal, self.t + h)
+        rows = [h, *(ends if c == 1.0 else self.t + c * h for c in nodes)]
         table = torch.from_numpy(np.stack(rows)).to(self.device)
         return Plan(table[0], list(table[1:].to(self.time_type)))
 

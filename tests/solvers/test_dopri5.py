@@ -138,6 +138,14 @@ def test_a_sample_does_not_depend_on_its_batch(dtype):
             assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
 
 
+def test_a_sample_takes_the_steps_of_a_batch_of_one():
+    whole = dopri5(turning, states(), [0.0, 1.0])
+    for row in range(6):
+        alone = dopri5(turning, states()[row : row + 1], [0.0, 1.0], control="batch")
+        torch.testing.assert_close(whole.x[row : row + 1], alone.x, rtol=1e-13, atol=1e-13)
+        assert (int(whole.accepted[row]), int(whole.rejected[row])) == (alone.accepted, alone.rejected)
+
+
 def test_mixed_stiffness_costs_less_per_sample():
     centres = torch.linspace(0.1, 0.9, 8, dtype=torch.float64)[:, None]
     width = 0.03
@@ -226,6 +234,9 @@ def test_a_trajectory_hits_every_time(control):
     assert run.x.shape == (5, 6, 4) and torch.equal(run.x[0], states())
     for t, x in zip(grid[1:], run.x[1:]):
         torch.testing.assert_close(x, fixed(turning, states(), uniform(400, 0.0, t)), rtol=0, atol=1e-6)
+    crowded = [0.0, 0.5, 0.5 + 1e-6, 1.0]  # a step cut short by a time does not shorten those after it
+    nfe = [dopri5(turning, states(), each, control=control, trajectory=True).nfe for each in (crowded, [0.0, 0.5, 1.0])]
+    assert nfe[0] <= nfe[1] + 6
     ends = dopri5(turning, states(), grid, rtol=1e-9, atol=1e-9, control=control)  # inner times cost nothing
     assert ends.nfe == dopri5(turning, states(), [0.0, 1.0], rtol=1e-9, atol=1e-9, control=control).nfe < run.nfe
 
