@@ -254,3 +254,25 @@ def time_embedding(s: Tensor, t: Tensor, frequencies: Tensor, span: bool) -> Ten
     a, b = s.to(frequencies.dtype), t.to(frequencies.dtype)
     angles = [each[:, None] * frequencies for each in (a, b - a if span else b)]
     return torch.cat([f(angle) for angle in angles for f in (torch.cos, torch.sin)], 1)
+
+
+def error_norm(
+    terms: Sequence[Tensor],  # tensors of one shape (B, ...)
+    coefficients: Sequence[float],
+    x: Tensor,
+    y: Tensor,
+    rtol: float,
+    atol: float,
+    factor: Tensor | None = None,  # (B,)
+) -> Tensor:  # (B,)
+    """Per row, the sum of squares of f sum_j c_j K_j / (atol + rtol max(|x|, |y|)); 0 where f is 0, whatever the
+    operands hold. Contract: csrc/error_norm/error_norm.h."""
+    wide = torch.float64 if any(each.dtype == torch.float64 for each in (x, y, *terms)) else torch.float32
+    error = torch.zeros(x.shape, dtype=wide, device=x.device)
+    for c, term in zip(coefficients, terms, strict=True):
+        error = error + c * term.to(wide)
+    ratio = error / (atol + rtol * torch.maximum(x.to(wide).abs(), y.to(wide).abs()))
+    sums = ratio.square().reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+    if factor is None:
+        return sums
+    return torch.where(factor == 0, torch.zeros_like(sums), sums * factor.to(wide).square())

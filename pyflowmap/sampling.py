@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,7 @@ def sample(
     view.prepare(chosen.asks(chosen.visits(times)))
     if callback is not None and not view.linear:
         callback = _in_model_time(callback, view)
-    return solvers.integrate(
+    result = solvers.integrate(
         chosen,
         view,
         x,
@@ -114,6 +115,12 @@ def sample(
         trajectory=trajectory,
         on_nan=on_nan,
     )
+    if isinstance(result, solvers.Adaptive):
+        missing = result.explain(view.model_time)
+        if missing is not None:
+            warnings.warn(missing, RuntimeWarning, stacklevel=2)
+        return result.x
+    return result
 
 
 def _network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:

@@ -80,7 +80,7 @@ class View:
 
     def _row(self, t: Any, count: int) -> Tensor:
         if isinstance(t, Tensor):  # per sample
-            t = self.model_time(t)
+            t = self.model_time(t).to(torch.float32)  # as the rows of the table
             t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
             return t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
         found = self.rows.get((t, count))

@@ -24,6 +24,7 @@ KERNEL(activation_backward);
 KERNEL(attention);
 KERNEL(attention_backward);
 KERNEL(dual_linear);
+KERNEL(error_norm);
 KERNEL(gated_residual);
 KERNEL(gated_residual_backward);
 KERNEL(norm_modulate);

@@ -2,7 +2,7 @@
 
     >>> from pyflowmap import bench
     >>> bench.names("ode")
-    ['euler_driver']
+    ['euler_driver', 'error_norm', 'dopri5_driver']
 
 `measure(name)` returns plain data with every sample; `table(results)` prints it.
 """

@@ -6,8 +6,10 @@ def ab2(velocity, x, s, t, old):
 """
 
 from .adams_bashforth import adams_bashforth_2, adams_bashforth_3
+from .adaptive import Adaptive
 from .buffers import Port
 from .deis import deis_2, deis_3
+from .dopri5 import dopri5
 from .dpm_solver import dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_2s, dpm_solver_pp_3m, dpm_solver_pp_sde
 from .driver import integrate
 from .flow_map import consistency, ctm_gamma, flow_map
@@ -20,7 +22,7 @@ from .unipc import unipc_1, unipc_2, unipc_3
 named = {
     each.name: each
     for each in (
-        *(euler, midpoint, heun, heun_alpha, rk4, rk4_38, edm_heun),
+        *(euler, midpoint, heun, heun_alpha, rk4, rk4_38, edm_heun, dopri5),
         *(adams_bashforth_2, adams_bashforth_3, deis_2, deis_3),
         *(dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_3m, dpm_solver_pp_2s, dpm_solver_pp_sde),
         *(unipc_1, unipc_2, unipc_3),
@@ -30,5 +32,5 @@ named = {
 }
 """What `sample(solver="...")` accepts."""
 
-__all__ = ["Port", "Solver", "integrate", "solver", "time_grid", "named"]  # and the named ones
+__all__ = ["Adaptive", "Port", "Solver", "integrate", "solver", "time_grid", "named"]  # and the named ones
 __all__ += list(named)

@@ -288,7 +288,8 @@ def _report(run, solver, field, x, times, port, draws, on_nan, last):
     def look(record):
         nonlocal where, rows
         if not _finite(record["x"]):
-            where = f"step {record['step']} of {record['steps']} (from t = {record['s']:g} to {record['t']:g})"
+            steps = record["steps"] or "an adaptive run"
+            where = f"step {record['step']} of {steps} (from t = {record['s']:g} to {record['t']:g})"
             if on_nan == "raise":
                 rows = _samples(record["x"])
             raise _Found
