@@ -2,7 +2,7 @@
 
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
-from pyflowmap import guidance, interpolants, nn, objectives, ops, solvers, tangents, times, training, weights
+from pyflowmap import editing, guidance, interpolants, nn, objectives, ops, solvers, tangents, times, training, weights
 from pyflowmap.algebra import Lazy, evaluate, inner, lazy, noise, per_sample
 from pyflowmap.checkpoint import load
 from pyflowmap.flow_map import FlowMap
@@ -38,6 +38,7 @@ __all__ = [
     "sample",
     "solvers",
     "guidance",
+    "editing",
     # learning
     "objectives",
     "training",
