@@ -54,7 +54,7 @@ def flow_chef(
     strength  what share of the residual one inner step takes off, whatever the resolution: 1 is all of it, and
               0 < strength < 2 is where the steps converge. The paper's loss is c0 mean(m (D - y)^2) with learning rate
               r, so its strength is 2 c0 r / numel. For a Loss: the plain step size
-    inner     gradient steps at each time: 1 to 5 in the paper. For a Mask they are one, in the launch of the step itself:
+    inner     gradient steps at each time: 1 to 5 in the paper. For a Mask they are one, made in the launch of the step,
               D - [1 - (1 - strength m)^inner] (D - y). Where A A' is a multiple of the identity (Downsample) one too
     until     steer the steps that start before this time (the model's own); 1: all
     seed      of the noise, with a shape; see `pfm.sample`
