@@ -95,13 +95,17 @@ def flow_chef(
         size = port.scale or (lambda t: 1.0)
         apart = callback is not None or port.dtype is not None  # the state is not a part of the network's argument
         rings = [Packed.empty(x, port), Packed.empty(x, port)]
+        states = [torch.empty_like(x), torch.empty_like(x)] if apart and callback is None else None
         point, state, count = lazy(x) * (1.0 / size(times[0])), x, len(times) - 1
         argument = rings[1]
         evaluate(*(lazy(x),) * port.slots, out=argument.parts)
         for k, (s, t) in enumerate(pairwise(times)):
             b = field(argument.whole, point, s)
             argument = rings[k & 1]
-            state = torch.empty_like(x) if apart or k + 1 == count else argument.parts[0]
+            if states is not None:
+                state = states[k & 1]
+            else:  # what is handed out is the caller's to keep
+                state = torch.empty_like(x) if apart or k + 1 == count else argument.parts[0]
             outs = (state, *argument.parts[state is argument.parts[0] :])[: 1 if k + 1 == count else None]
             if s < last:
                 advance(point, b, s, t, size(t), outs)
@@ -125,6 +129,8 @@ def flow_chef(
 
 def _steering(operator: Any, y: Any, strength: float, inner: int, x: Tensor) -> Callable:
     """advance(x, b, s, t, scale, outs): writes scale times the steered point at t into each of `outs`."""
+    if not isinstance(operator, Loss):
+        y = y.to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(operator, Mask):
         gain = operator.gain(strength, inner, torch.float64 if x.dtype == torch.float64 else torch.float32)
         known = lazy(y)

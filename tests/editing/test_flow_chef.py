@@ -237,6 +237,7 @@ def test_callback_seeds_half_precision_and_kept_noise():
     assert [r["nfe"] for r in seen] == [1, 2, 3, 4]
     assert len({r["x"].data_ptr() for r in seen}) == 4  # the caller's to keep
     assert torch.equal(flow_chef(fm, noise, y, mask, **options), got)
+    torch.testing.assert_close(flow_chef(fm, noise, y.double(), mask, **options), got)  # the noise says the dtype
     a = flow_chef(fm, SHAPE, y, mask, seed=4, **options)
     part = flow_chef(fm, (1, *SHAPE[1:]), y[1:2], Mask(mask.mask[1:2]), seed=4, sample_ids=torch.tensor([1]),
                      steps=4, strength=0.5, condition={"label": LABEL[1:2]})  # fmt: skip
