@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
 from pyflowmap import (
+    editing,
     guidance,
     integrations,
     interpolants,
@@ -54,6 +55,7 @@ __all__ = [
     "schedules",
     "guidance",
     "log_likelihood",
+    "editing",
     # learning
     "objectives",
     "training",
