@@ -26,6 +26,7 @@ class rescale(Around):
     A P whose standard deviation is 0 up to rounding is left as it is. One reduction launch per evaluation, besides
     those of `of`.
 
+    >>> from pyflowmap.guidance import cfg
     >>> rescale(cfg(7.5, null={"label": 10})).evaluations(0.5)
     2
     """

@@ -70,6 +70,7 @@ class skip_layer(Around):
 
     The same for velocity, data and noise. On a jump it guides the mean velocity.
 
+    >>> from pyflowmap.guidance import cfg
     >>> skip_layer(2.8, lambda x, s, t: x, of=cfg(4.0, null={"label": 10}), interval=(0.01, 0.2)).evaluations(0.1)
     3
     """
