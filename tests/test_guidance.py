@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from guidance_runs import (
+from guidance_cases import (
     CLOSE,
     NULL,
     SPACES,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from guidance_runs import (
+from guidance_cases import (
     CLOSE,
     CURVED,
     EVERY,
