@@ -126,7 +126,8 @@ class cfg_zero(Contrast):
         # s* - 1 = k q with q = <v_cond - v_null, P_null>/||P_null||^2: no quotient by k, which may be 0.
         k = slope("cfg_zero", self.space, s, t)
         gram, _, _ = products(conditional - null, prediction(self.space, x, null, k))
-        q = gram[:, 0, 1] / (gram[:, 1, 1] + 1e-8)
+        _, overlap, _, length = gram.flatten(1).unbind(1)
+        q = overlap / (length + 1e-8)
         rest = 1.0 - self.scale
         guided = self.scale * conditional + (rest + (rest * k) * q) * null
         return guided if self.space == "velocity" else guided + (rest * q) * x

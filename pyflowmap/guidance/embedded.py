@@ -102,6 +102,6 @@ class erk(Around):
             far = far / (s * s)  # of y = x/s
         # ||f - f_E|| cancels: (scale rho)^2 <e, f> e = scale^2 <f - f_E, f>/||x - x_E||^2 (f - f_E)
         stiff = (steep > self.threshold**2 * far) & (far > 0.0)
-        size = self.scale**2 * gram[:, 0, 2] / torch.where(stiff, far, torch.ones_like(far))
-        size = torch.where(stiff, size, torch.zeros_like(size))
+        size = self.scale**2 * gram[:, 0, 2] / torch.where(stiff, far, 1.0)
+        size = torch.where(stiff, size, 0.0)
         return difference, -size / s if noise else size

@@ -102,18 +102,16 @@ class apg(Contrast):
             d, unit, share = k * d + (self.momentum * size) * before, 1.0, 1.0 / k
         along = prediction(self.space, x, conditional, k)
         gram, stored, _ = products(d, along, keep=int(self.remembers), dtype=x.dtype)
+        square, overlap, _, length = gram.flatten(1).unbind(1)
         if self.remembers:
             d = lazy(stored[0])
             self._before[:] = d, unit
         factor: Any = share * weight
         if self.threshold is not None:
-            square = gram[:, 0, 0] * unit * unit
-            over = square > self.threshold**2  # the root is taken only where it is used: no gradient of 0/0
-            short = self.threshold * torch.where(over, square, torch.ones_like(square)).rsqrt()
-            factor = factor * torch.where(over, short, torch.ones_like(short))
+            limit = self.threshold * self.threshold  # min(1, r/||d||) = r/sqrt(max(||d||^2, r^2)), without 0/0
+            factor = (factor * self.threshold) * (square * (unit * unit)).clamp_min(limit).rsqrt()
         guided = start + factor * d
         if self.eta == 1.0:
             return guided
-        length = gram[:, 1, 1]
-        part = gram[:, 0, 1] / torch.where(length > 0.0, length, torch.ones_like(length))
+        part = overlap / torch.where(length > 0.0, length, 1.0)  # none along a prediction of 0
         return guided - ((1.0 - self.eta) * factor * part) * along

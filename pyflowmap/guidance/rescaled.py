@@ -67,9 +67,9 @@ class rescale(Around):
         covariance = gram - sums[:, :, None] * sums[:, None, :] / count
         spread = covariance[:, 1, 1]
         flat = spread <= 8.0 * torch.finfo(gram.dtype).eps * gram[:, 1, 1]
-        safe = torch.where(flat, torch.ones_like(spread), spread)
+        safe = torch.where(flat, 1.0, spread)
         narrow = covariance[:, 2, 2]
         positive = narrow > 0.0
-        ratio = torch.where(positive, (torch.where(positive, narrow, torch.ones_like(narrow)) / safe).sqrt(), 0.0)
+        ratio = torch.where(positive, (torch.where(positive, narrow, 1.0) / safe).sqrt(), 0.0)
         change = (2.0 * covariance[:, 0, 1] + k * covariance[:, 0, 0]) / (safe * (1.0 + ratio))
-        return guided + (self.phi * torch.where(flat, torch.zeros_like(change), change)) * wide
+        return guided + (self.phi * torch.where(flat, 0.0, change)) * wide
