@@ -47,7 +47,8 @@ def sample(
     solver     a name in `pyflowmap.solvers.named`, such a solver with options (`solvers.heun_alpha.using(alpha=0.5)`),
                or a step function
     condition  keywords for the network, e.g. {"label": y}
-    guidance   e.g. pfm.guidance.cfg(3.0, null={"label": 10})
+    guidance   an object of `pyflowmap.guidance`, e.g. pfm.guidance.cfg(3.0, null={"label": 10}). Steps that it leaves out
+               (the zero-init of `cfg_zero`) are neither called back nor in the trajectory
     seed       of the noise, and of the noise that stochastic solvers draw
     grad       record for backward; "checkpoint" keeps one state per step and runs each again in backward
     callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time
@@ -94,10 +95,15 @@ def sample(
         raise TypeError(
             f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...)"
         )
+    if guidance is not None:
+        guidance.check(chosen, grad)
     view = View(model, condition, guidance, takes=chosen.takes, like=x, dtype=dtype or _network_dtype(model, x))
     times = [view.linear_time(r) for r in times]
     if guidance is not None:
-        times = times[guidance.idle(times) :]
+        idle = guidance.idle(times)
+        if idle and nfe is not None:
+            raise ValueError(f"nfe = {nfe} can't be met: the guidance leaves out {idle} of {steps} steps; pass steps")
+        times = times[idle:]
     view.prepare(chosen.asks(chosen.visits(times)))
     if callback is not None and not view.linear:
         callback = _in_model_time(callback, view)

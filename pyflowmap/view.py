@@ -11,6 +11,7 @@ one; the network is still asked with its own (X, r).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,15 +40,21 @@ class View:
         dtype: torch.dtype | None = None,  # of the network's argument; None: the state's
     ) -> None:
         self.model, self.takes, self.like = model, takes, like
-        self.guidance = None if guidance is None else guidance.begin()
+        self._guidance = guidance
+        self.begin()
         self.conditions = (condition,) if guidance is None else guidance.conditions(condition)
         slots = 1 if guidance is None else guidance.slots(condition)
         path = model.interpolant
         self.linear = isinstance(path, Linear)
         scale = None if self.linear else lambda t: path.scale(path.model_time(t))
-        self.port = Port(slots, dtype, scale, self._singular())
+        singular = self._singular()
+        self.port = Port(slots, dtype, scale, singular if guidance is None else singular | guidance.singular)
         self.rows: dict[tuple[float, int], Tensor] = {}
         self._packed: dict[Any, Mapping[str, Any]] = {}
+
+    def begin(self) -> None:
+        """A run starts: a guidance that remembers starts afresh."""
+        self.guidance = None if self._guidance is None else self._guidance.begin()
 
     def _singular(self) -> frozenset[float]:
         found = []
@@ -100,11 +107,13 @@ class View:
                 return self._jump(self.model, output, x, s, t)
             return self._velocity(self.model, output, x, s)
 
-        def ask(*which: int, model: FlowMap | None = None) -> list[Lazy]:
-            """One velocity (of a jump: mean velocity) per condition named, of `model` in place of the view's own."""
-            outputs = self._outputs(self.model if model is None else model, argument, s, t, which)
+        def ask(*which: int, model: Any = None) -> list[Lazy]:
+            """One velocity (of a jump: mean velocity) per condition named, of `model` in place of the view's own: a
+            flow map, or a network to be called like the view's."""
+            asked = self.model if model is None else self._other(model)
+            outputs = self._outputs(asked, argument, s, t, which)
             make = self._mean_velocity if self.takes == "jump" else self._velocity
-            return [make(self.model if model is None else model, each, x, s, t) for each in outputs]
+            return [make(asked, each, x, s, t) for each in outputs]
 
         guided = self.guidance(ask, x, s, t)
         if type(guided) is not Lazy:
@@ -112,6 +121,16 @@ class View:
                 f"the guidance returned {type(guided).__name__}; it returns a lazy combination of what it asked for"
             )
         return x + (t - s) * guided if self.takes == "jump" else guided
+
+    def _other(self, model: Any) -> FlowMap:
+        if not isinstance(model, FlowMap):
+            model = replace(self.model, network=model)
+        if model.interpolant != self.model.interpolant:
+            raise ValueError(
+                f"a guidance asks a flow map on the path {model.interpolant!r}, but the model's is "
+                f"{self.model.interpolant!r}; both must be on one path"
+            )
+        return model
 
     def _outputs(self, model: FlowMap, argument: Tensor, s: Any, t: Any, which: Sequence[int]) -> Sequence[Tensor]:
         slots = self.port.slots

@@ -5,9 +5,8 @@ import torch
 from oracles import MIXTURE_FLOW, Gaussian, Mixture, slope
 
 from pyflowmap import solvers
-from pyflowmap.algebra import Lazy, evaluate, lazy
+from pyflowmap.algebra import evaluate, lazy
 from pyflowmap.flow_map import FlowMap
-from pyflowmap.guidance import cfg
 from pyflowmap.interpolants import Interpolant, Trigonometric, VariancePreserving
 from pyflowmap.sampling import sample
 
@@ -243,88 +242,6 @@ def test_bad_arguments(call, error, words):
     assert "\n" not in str(caught.value)
 
 
-# ---- guidance ----------------------------------------------------------------------------------------------------
-
-
-def labelled(x, s, t, label):
-    """A velocity that is the label: 10 means none."""
-    return torch.where(label == 10, 1.0, 2.0 + label.double()).reshape(-1, 1).expand_as(x).to(x)
-
-
-LABEL = torch.tensor([0, 3])
-
-
-@pytest.mark.parametrize("solver", ["flow_map", "euler", "heun"])
-@pytest.mark.parametrize("batched", [True, False])
-def test_cfg_by_hand(solver, batched):
-    guide = cfg(3.0, null={"label": 10}, batched=batched)
-    out = sample(FlowMap(labelled), torch.zeros(2, 3), 4, solver=solver, condition={"label": LABEL}, guidance=guide)
-    expected = 1.0 + 3.0 * (2.0 + LABEL.float() - 1.0)  # null + w (cond - null), integrated over [0, 1]
-    torch.testing.assert_close(out, expected[:, None].expand(2, 3))
-
-
-def test_cfg_is_the_same_on_every_prediction():
-    """At one (x, t) all predictions are affine in each other, so guidance commutes with the conversion."""
-    x, outs = torch.randn(2, 3, dtype=torch.float64), []
-    for kind in ("velocity", "data", "noise"):
-
-        def network(x, s, label, kind=kind):
-            velocity = (label.double() + 1).reshape(-1, 1) * x.tanh()
-            return {"velocity": velocity, "data": x + 0.75 * velocity, "noise": x - 0.25 * velocity}[kind]
-
-        fm = FlowMap(network, prediction=kind)
-        guide = cfg(2.0, null={"label": 10})
-        outs.append(sample(fm, x, grid=[0.25, 0.5], solver="euler", condition={"label": LABEL}, guidance=guide))
-    torch.testing.assert_close(outs[0], outs[1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(outs[0], outs[2], rtol=1e-6, atol=1e-6)
-
-
-def test_interval_and_scale_one_cost_one_evaluation():
-    rows = []
-
-    def network(x, s, t, label):
-        rows.append(len(x))
-        return labelled(x, s, t, label)
-
-    options = {"steps": 4, "condition": {"label": LABEL}}
-    sample(FlowMap(network), torch.zeros(2, 3), guidance=cfg(3.0, null={"label": 10}, interval=(0.2, 0.6)), **options)
-    assert rows == [2, 4, 4, 2]  # starts 0, .25, .5, .75; two conditions in one call of twice the rows
-    rows.clear()
-    sample(FlowMap(network), torch.zeros(2, 3), guidance=cfg(1.0, null={"label": 10}), **options)
-    assert rows == [2, 2, 2, 2]
-
-
-def test_guidance_stays_unevaluated():
-    guide = cfg(3.0, null={"label": 10})
-    x = torch.ones(2, 3)
-    made = guide(lambda *which: [lazy((i + 1) * x) for i in which], lazy(x), 0.0, 1.0)
-    assert isinstance(made, Lazy)
-    torch.testing.assert_close(evaluate(made), torch.full((2, 3), -1.0))
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: cfg(float("nan"), null={"label": 10}), "scale = nan"),
-        (lambda: cfg(2.0), "name the condition"),
-        (lambda: cfg(2.0, null={"label": 10}, interval=(0.8, 0.2)), "lower time"),
-        (lambda: sample(FLOW, GOOD, guidance=cfg(2.0, null={"label": 10})), "null names 'label'"),
-        (
-            lambda: sample(
-                FlowMap(lambda x, s, t, text: x),
-                GOOD,
-                condition={"text": "a cat"},
-                guidance=cfg(2.0, null={"text": ""}),
-            ),
-            "batched=False",
-        ),
-    ],
-)
-def test_bad_guidance(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
-
-
 # ---- other paths -------------------------------------------------------------------------------------------------
 
 PATHS = [Trigonometric(), VariancePreserving()]
@@ -402,24 +319,6 @@ def test_the_state_stays_float32_under_a_half_precision_network():
         by_hand = by_hand + 0.005 * network(by_hand.bfloat16()).float()
     assert set(seen) == {torch.bfloat16} and out.dtype == torch.float32
     torch.testing.assert_close(out, by_hand, rtol=1e-5, atol=1e-5)
-
-
-def test_guided_arguments_are_written_into_slots(monkeypatch):
-    """Two conditions share a call without a copy: the launch that makes the state makes both halves."""
-    launches = []
-    from pyflowmap.solvers import driver
-
-    monkeypatch.setattr(driver, "evaluate", lambda *c, **k: launches.append(len(c)) or evaluate(*c, **k))
-    seen = []
-
-    def network(x, s, t, label):
-        seen.append(x.data_ptr())
-        assert torch.equal(x[:2], x[2:]) and torch.equal(label, torch.tensor([0, 3, 10, 10]))
-        return labelled(x, s, t, label)
-
-    sample(FlowMap(network), torch.randn(2, 3), 4, guidance=cfg(3.0, null={"label": 10}), condition={"label": LABEL})
-    assert launches == [2, 2, 2, 2, 1]  # the first argument; then state and both halves; the last state alone
-    assert len(set(seen)) <= 3
 
 
 def noisy(velocity, x, s, t, memory):

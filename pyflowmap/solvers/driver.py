@@ -95,6 +95,9 @@ def integrate(
         solver = Solver(solver, getattr(solver, "__name__", "step"), None, 1)
     run = solver.loop or _run
     draws = Noise(seed, sample_ids)
+    begin = getattr(field, "begin", None)  # of a field that remembers its evaluations
+    if begin is not None:
+        begin()
     with torch.set_grad_enabled(bool(grad) and torch.is_grad_enabled()):
         result = run(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
         last = result if isinstance(result, Tensor) else result[0]
@@ -295,6 +298,8 @@ def _report(run, solver, field, x, times, port, draws, on_nan, last):
             raise _Found
 
     try:
+        if hasattr(field, "begin"):
+            field.begin()
         with torch.no_grad():
             run(solver, field, x, times, port, draws, False, look, False, False)
     except _Found:
