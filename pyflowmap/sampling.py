@@ -47,8 +47,8 @@ def sample(
     solver     a name in `pyflowmap.solvers.named`, such a solver with options (`solvers.heun_alpha.using(alpha=0.5)`),
                or a step function
     condition  keywords for the network, e.g. {"label": y}
-    guidance   an object of `pyflowmap.guidance`, e.g. pfm.guidance.cfg(3.0, null={"label": 10}). Steps that it leaves out
-               (the zero-init of `cfg_zero`) are neither called back nor in the trajectory
+    guidance   an object of `pyflowmap.guidance`, e.g. pfm.guidance.cfg(3.0, null={"label": 10}). Steps that it leaves
+               out (the zero-init of `cfg_zero`) are neither called back nor in the trajectory
     seed       of the noise, and of the noise that stochastic solvers draw
     grad       record for backward; "checkpoint" keeps one state per step and runs each again in backward
     callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time

@@ -7,6 +7,7 @@ from oracles import MIXTURE_FLOW, Gaussian, Mixture, slope
 from pyflowmap import solvers
 from pyflowmap.algebra import evaluate, lazy
 from pyflowmap.flow_map import FlowMap
+from pyflowmap.guidance import cfg
 from pyflowmap.interpolants import Interpolant, Trigonometric, VariancePreserving
 from pyflowmap.sampling import sample
 
@@ -399,3 +400,25 @@ def test_the_loop_allocates_nothing_under_half_precision_and_slots():
         return sum(e.cpu_memory_usage >= 2000 * 60 for e in own)  # bytes: the smallest is an argument in bfloat16
 
     assert allocations(8) == allocations(4) < 10
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm_solver_pp_2m", "unipc_3"])
+def test_a_workspace_serves_run_after_run(solver):
+    """With `out` as well, a second run asks torch for no tensor of the state's size, and spoils no earlier result."""
+    x, y = torch.randn(3, 4000), torch.randn(3, 4000)
+    each, grid, space = solvers.named[solver], uniform(5, 0.1, 0.9), solvers.Workspace()
+    run = lambda x, **options: each(lambda x, t: torch.tanh(x, out=buffer), x, grid, **options)  # noqa: E731
+    buffer = torch.empty_like(x)
+    first, second = run(x), run(y)
+    kept = run(x, workspace=space)
+    assert torch.equal(kept, first) and torch.equal(run(y, workspace=space), second) and torch.equal(kept, first)
+    out = torch.empty_like(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        assert run(y, out=out, workspace=space) is out and torch.equal(out, second)
+    sizes = [e.cpu_memory_usage for e in found.events() if e.name in ("aten::empty", "aten::empty_strided")]
+    assert all(size < 4 * x.numel() for size in sizes)
+    assert torch.equal(run(x[:2], workspace=space), first[:2])  # another shape: other buffers
+    with pytest.raises(ValueError, match="grad records"):
+        run(x, out=out, grad=True)
+    with pytest.raises(ValueError, match="out is .2, 4000."):
+        run(x, out=out[:2])

@@ -224,8 +224,10 @@ def _case(name: str, shape: tuple[int, ...]) -> Case:
     if "start" in solver.options:
         solver = solver.using(start="low")  # as many network evaluations as diffusers
 
+    out, workspace = torch.empty_like(x), solvers.Workspace()
+
     def ours() -> Tensor:
-        return solver(lambda x, t: v, x, times)
+        return solver(lambda x, t: v, x, times, out=out, workspace=workspace)
 
     contestants = [Contestant(f"pfm.solvers.{name}", ours), *theirs]
     if name != "unipc_2" and times[-1] == 1.0 and name == "dpm_solver_pp_2m":

@@ -7,7 +7,7 @@ def ab2(velocity, x, s, t, old):
 
 from .adams_bashforth import adams_bashforth_2, adams_bashforth_3
 from .adaptive import Adaptive
-from .buffers import Port
+from .buffers import Port, Workspace
 from .deis import deis_2, deis_3
 from .dopri5 import dopri5
 from .dpm_solver import dpm_solver_pp_1, dpm_solver_pp_2m, dpm_solver_pp_2s, dpm_solver_pp_3m, dpm_solver_pp_sde
@@ -32,5 +32,5 @@ named = {
 }
 """What `sample(solver="...")` accepts."""
 
-__all__ = ["Adaptive", "Port", "Solver", "integrate", "solver", "time_grid", "named"]  # and the named ones
+__all__ = ["Adaptive", "Port", "Solver", "integrate", "solver", "time_grid", "named", "Workspace"]  # and the named ones
 __all__ += list(named)

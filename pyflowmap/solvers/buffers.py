@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algebra import Lazy, lazy
 
-__all__ = ["Memory", "Packed", "Port", "flatten", "unflatten"]
+__all__ = ["Memory", "Packed", "Port", "Workspace", "flatten", "unflatten"]
 
 
 class Port(NamedTuple):
@@ -48,14 +48,39 @@ class Packed(NamedTuple):
         return cls(whole, whole.chunk(port.slots) if like.shape[0] else (whole,) * port.slots)
 
 
+Free = dict[torch.dtype, list[Tensor]]
+
+
+class Workspace:
+    """The buffers of a run, kept for the next one of the same shape, dtype, device and argument. For one run at a time.
+
+    >>> workspace = Workspace()
+    >>> x, y = torch.ones(2, 3), torch.empty(2, 3)
+    >>> from pyflowmap.solvers import euler
+    >>> euler(lambda x, t: -x, x, [0.0, 0.5, 1.0], out=y, workspace=workspace) is y
+    True
+    """
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.held: Any = None
+
+    def buffers(self, x: Tensor, port: Port) -> tuple[list[Any], list[Any], list[list[Packed]], Free]:
+        """Two states; two arguments that are more than the state; arguments of a step's stages, for even and odd steps;
+        what steps remembered, by dtype."""
+        key = (x.shape, x.stride(), x.dtype, x.device, port.slots, port.dtype)
+        if key != self.key:
+            self.key, self.held = key, ([None, None], [None, None], [[], []], {})
+        return self.held
+
+
 class Memory:
     """What a step remembers: a tree of lazies and plain values. Its lazies are evaluated with the next state, in the
     same launch; one that is itself remembered already is kept as it is, not copied."""
 
-    def __init__(self, like: Tensor, reuse: bool) -> None:
-        self.like, self.reuse = like, reuse
+    def __init__(self, like: Tensor, free: Free | None = None) -> None:
+        self.like, self.free, self.reuse = like, {} if free is None else free, free is not None
         self.held: dict[int, Tensor] = {}  # by id: what the steps may read now
-        self.free: dict[torch.dtype, list[Tensor]] = {}
         self.tree: list[Any] = []
         self.now: dict[int, Tensor] = {}
         self.holes: list[tuple[list[Any], int]] = []  # where the evaluated values go
@@ -102,14 +127,20 @@ class Memory:
         for (tree, i), value in zip(self.holes, values):
             tree[i] = lazy(value)
             now[id(value)] = value
+        before, self.held = self.held, now
         if self.reuse:
-            for key, tensor in self.held.items():
+            for key, tensor in before.items():
                 if key not in now:
                     self.free.setdefault(tensor.dtype, []).append(tensor)
-        self.held = now
         if self.kind is not tuple and self.kind is not list:
             return self.tree[0]
         return tuple(_tuples(each) for each in self.tree) if self.nested else tuple(self.tree)
+
+    def give_back(self) -> None:
+        """The end of a run: nobody remembers anything."""
+        for tensor in self.held.values():
+            self.free.setdefault(tensor.dtype, []).append(tensor)
+        self.held = {}
 
 
 def _tuples(tree: Any) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..algebra import Lazy, evaluate, lazy, noise
-from .buffers import Memory, Packed, Port, flatten, unflatten
+from .buffers import Memory, Packed, Port, Workspace, flatten, unflatten
 from .solver import Solver, time_grid
 
 __all__ = ["Noise", "integrate"]
@@ -69,6 +70,8 @@ def integrate(
     progress: bool = False,
     trajectory: bool = False,
     on_nan: str = "raise",
+    out: Tensor | None = None,  # for the last state
+    workspace: Workspace | None = None,
 ) -> Any:
     """Run `solver`, or a bare step, along `grid`; return the last state, or all as (steps + 1, B, ...) with
     `trajectory`.
@@ -80,6 +83,7 @@ def integrate(
                 again in backward
     callback    called after each step with {"step", "steps", "s", "t", "x", "nfe"}; x is the caller's to keep
     on_nan      "raise": FloatingPointError naming step and samples. "keep": a warning; the other samples are unharmed
+    workspace   keeps the run's buffers for the next run of the same shape; with `out` as well, nothing is allocated
 
     The state is looked at once, after the last step: only if it is bad are the steps rerun to find the first bad one,
     so the loop itself never waits for the device. During CUDA graph capture nothing is looked at.
@@ -93,13 +97,16 @@ def integrate(
         raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}; the state is a floating-point tensor (B, ...)")
     if not isinstance(solver, Solver):
         solver = Solver(solver, getattr(solver, "__name__", "step"), None, 1)
-    run = solver.loop or _run
+    run = given = solver.loop or _run
+    if out is not None or workspace is not None:
+        _check_out(solver, x, out, grad, trajectory)
+        given = partial(_run, out=out, workspace=workspace)
     draws = Noise(seed, sample_ids)
     begin = getattr(field, "begin", None)  # of a field that remembers its evaluations
     if begin is not None:
         begin()
     with torch.set_grad_enabled(bool(grad) and torch.is_grad_enabled()):
-        result = run(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
+        result = given(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
         last = result if isinstance(result, Tensor) else result[0]
         if trajectory:
             last = last[-1]
@@ -109,20 +116,31 @@ def integrate(
         return result
 
 
-def _run(solver, field, x, times, port, draws, grad, callback, progress, trajectory):
+def _check_out(solver: Solver, x: Tensor, out: Tensor | None, grad: bool | str, trajectory: bool) -> None:
+    if solver.loop is not None or grad or trajectory:
+        why = "grad records what it computes" if grad else "a trajectory has a place for every state"
+        why = f"{solver.name} keeps buffers of its own" if solver.loop is not None else why
+        raise ValueError(f"out= and workspace= are for a run that returns its last state; {why}")
+    if out is not None and (out.shape != x.shape or out.dtype != x.dtype or out.device != x.device):
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}, the state {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+
+
+def _run(solver, field, x, times, port, draws, grad, callback, progress, trajectory, out=None, workspace: Any = None):
     times = solver.visits(times)
     if grad:
         return _recorded(solver, field, x, times, port, draws, grad, callback, progress, trajectory)
     step, scale, steps = solver.configured, port.scale, len(times) - 1
     cast = port.dtype is not None and port.dtype != x.dtype
     single = port.slots == 1 and not cast  # the state is the network's argument
-    states: list[Any] = [None, None]  # one to read and one to write
-    rings: list[Any] = [None, None]  # likewise, of arguments that are more than the state
-    stages: list[list[Packed]] = [[], []]
+    if out is None and workspace is not None:
+        out = torch.empty_like(x)  # the caller's, while the workspace serves the next run
+    states, rings, stages, free = (workspace or Workspace()).buffers(x, port)
     kept = torch.empty((steps + 1, *x.shape), dtype=x.dtype, device=x.device) if trajectory else None
     if kept is not None:
         kept[0].copy_(x)
-    memories = Memory(x, reuse=True)
+    memories = Memory(x, free)
     memory = None
     nfe = stage = turn = 0
     start = times[0]
@@ -134,7 +152,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         nfe += 1
         if argument is state:
             if current is None:  # the first one: later ones are written with the state
-                packed = Packed.empty(x, port)
+                packed = rings[1] = rings[1] or Packed.empty(x, port)
                 _write((state if scale is None else state * scale(at[0]),) * port.slots, packed.parts)
                 current = packed.whole
             return field(current, state, *at)
@@ -167,6 +185,8 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
             x_next = x_next * factor
         if kept is not None:
             here = kept[k + 1]
+        elif out is not None and k + 1 == steps:
+            here = out
         elif callback is not None:
             here = torch.empty_like(x)  # the caller's to keep
         else:
@@ -195,6 +215,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
         if callback is not None:
             callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+    memories.give_back()
     return here if kept is None else kept
 
 
@@ -245,7 +266,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         x_next, returned = step(velocity, state, s, t, unflatten(shape, leaves))
         if type(x_next) is not Lazy:
             _refuse_state(x_next)
-        memory = Memory(here, reuse=False)
+        memory = Memory(here)
         memory.held = {id(each): each for each in leaves}
         fresh, _ = memory.gather(returned)
         first = x_next if scale is None else x_next * scale(t)

@@ -49,7 +49,7 @@ class Replay:
         self.pairs, self.k = list(pairwise(visits)), first
         self.draw = Noise(seed).source(x)
         self.visits, self.singular = visits, singular
-        self.memories, self.memory, self.stream = Memory(x, reuse=False), None, 0
+        self.memories, self.memory, self.stream = Memory(x), None, 0
         self.known: list[Lazy] = []
         self.point, self.state = x, lazy(x)
         self.time: float | None = None
@@ -107,9 +107,9 @@ class Replay:
                     (self.point,) = settle((question.argument,), self.point)
                     self.free = False
                 return
-            fresh, _, old = self.memories.gather(returned)
+            fresh, _ = self.memories.gather(returned)
             self.point, *values = settle((x_next, *fresh), self.point)
-            self.memory = self.memories.settle(tuple(values), old)
+            self.memory = self.memories.settle(values)
             self.state, self.known = lazy(self.point), []
             self.k, self.stream = self.k + 1, self.draw.stream
         self.time = None
