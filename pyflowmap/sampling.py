@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import solvers
-from .algebra import evaluate, noise
+from . import chunks, graphs, solvers
+from .algebra import evaluate, lazy, noise
 from .flow_map import FlowMap
 from .guidance import Guidance
 from .view import View
@@ -20,9 +21,9 @@ __all__ = ["sample"]
 def sample(
     model: FlowMap,
     noise_or_shape: Tensor | Sequence[int],  # (B, ...)
-    steps: int = 4,
+    steps: int | None = None,  # 4
     *,
-    grid: Sequence[float] | Tensor | None = None,  # replaces steps; strictly monotone, 0 = noise to 1 = data
+    grid: Sequence[float] | Tensor | None = None,  # in place of steps; strictly monotone, 0 = noise to 1 = data
     solver: str | Callable = "flow_map",
     condition: Mapping[str, Any] | None = None,
     guidance: Callable | None = None,
@@ -33,9 +34,11 @@ def sample(
     progress: bool = False,
     trajectory: bool = False,
     cuda_graph: bool = False,
-    nfe: int | None = None,  # network evaluations to spend, in place of steps
+    nfe: int | None = None,  # evaluations of the velocity to spend, in place of steps
     dtype: torch.dtype | None = None,  # of what the network is given; the state keeps the noise's
     on_nan: str = "raise",
+    chunk: int | None = None,  # rows at a time
+    memory_limit: int | str | None = None,  # bytes, or "2GB": as many rows at a time as fit
 ) -> Tensor:
     """Carry noise to data: x <- X_{s,t}(x) over the grid, or a solver's step on the velocity.
 
@@ -45,16 +48,22 @@ def sample(
     grid       in the model's own time. Solvers work on the linear path (see `pyflowmap.view`), whatever the model's
     solver     a name in `pyflowmap.solvers.named`, such a solver with options (`solvers.heun_alpha.using(alpha=0.5)`),
                or a step function
-    condition  keywords for the network, e.g. {"label": y}
+    condition  keywords for the network, e.g. {"label": y}; tensors have one row per sample, or no dimension
     guidance   e.g. pfm.guidance.cfg(3.0, null={"label": 10})
     seed       of the noise, and of the noise that stochastic solvers draw
     grad       record for backward; "checkpoint" keeps one state per step and runs each again in backward
-    callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time
+    callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time; with chunks
+               also {"rows": (first, beyond the last)}
     trajectory return every state, (steps + 1, B, ...), instead of the last
-    nfe        the budget; ValueError where the solver cannot spend exactly that
+    cuda_graph capture the whole loop at the first call and replay it at later ones like it; see `pyflowmap.graphs`
+    nfe        the budget; ValueError where the solver cannot spend exactly that. Both conditions of a guidance count as
+               one
     dtype      by default that of the network's parameters where they are half precision, else the noise's. The state
                and the solver's arithmetic stay in the dtype of the noise
     on_nan     "raise", or "keep": warn, and return the samples that are unharmed with the others
+    chunk      run this many rows after one another: the same samples, in less memory
+    memory_limit  the same, in as many rows as fit into what this call may allocate, its result included; measured, not
+               guessed, see `pyflowmap.chunks`. Not on top: the model, the arguments and what is allocated already
 
     Returns the state at the end of the grid, shape (B, ...), the dtype of the noise (float32 for a shape).
     Raises ValueError or TypeError for bad arguments, FloatingPointError naming the step and samples that became NaN.
@@ -69,59 +78,176 @@ def sample(
             f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
         )
     chosen = _solver_of(solver)
-    if nfe is not None:
-        if grid is not None:
-            raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
-        steps = chosen.steps_for(nfe)
-    times = solvers.time_grid(_uniform(steps) if grid is None else grid)
-    outside = next((t for t in times if not 0.0 <= t <= 1.0), None)
-    if outside is not None:
-        raise ValueError(f"grid contains {outside:g}; times lie in [0, 1], 0 = noise to 1 = data")
-    x = _start(model, noise_or_shape, seed, sample_ids)
-    if isinstance(noise_or_shape, Tensor) and not chosen.stochastic and (seed is not None or sample_ids is not None):
+    times = _times(chosen, steps, grid, nfe)
+    given = isinstance(noise_or_shape, Tensor)
+    like = _like(model, noise_or_shape)
+    if given and not chosen.stochastic and (seed is not None or sample_ids is not None):
+        which = "seed" if seed is not None else "sample_ids"
         raise ValueError(
-            f"seed = {seed} with the noise given; {chosen.name} draws none, so seeds and sample ids go with a shape only"
+            f"{which} = {seed if seed is not None else '...'} with the noise given; {chosen.name} draws none, so seeds "
+            "and sample ids go with a shape only"
         )
-    condition = _condition(condition, x)
-    if cuda_graph and not (torch.cuda.is_available() and x.is_cuda):
-        raise ValueError(f"cuda_graph=True needs a CUDA device, the noise is on {x.device}; leave it out on the CPU")
-    if cuda_graph:
-        raise NotImplementedError(
-            "cuda_graph=True is not built yet; capture pfm.sample yourself with torch.cuda.graph, it does not sync"
-        )
+    _check_ids(sample_ids, like)
+    condition = _condition(condition, like)
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(
             f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...)"
         )
-    view = View(model, condition, guidance, takes=chosen.takes, like=x, dtype=dtype or _network_dtype(model, x))
-    times = [view.linear_time(r) for r in times]
-    if guidance is not None:
-        times = times[guidance.idle(times) :]
-    view.prepare(chosen.asks(chosen.visits(times)))
+    if grad == "checkpoint" and guidance is not None and guidance.begin() is not guidance:
+        raise ValueError(
+            f'grad="checkpoint" runs each step again in backward, but {type(guidance).__name__} remembers earlier '
+            "steps; use grad=True"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype = {dtype}; the network is given floating-point numbers, e.g. torch.bfloat16")
+    parts = chunk is not None or memory_limit is not None
+    if seed is None and (not given or (chosen.stochastic and (parts or cuda_graph))):
+        seed = _draw_seed(like)
+    one = partial(
+        _run, model, chosen, times, seed=seed, dtype=dtype or _network_dtype(model, like), trajectory=trajectory
+    )
+    if cuda_graph:
+        for name, value in (("grad", grad), ("callback", callback), ("progress", progress)):
+            if value:
+                raise ValueError(f"cuda_graph=True replays the loop without Python, so {name}={value!r} cannot be kept")
+        if memory_limit is not None:
+            raise ValueError("cuda_graph=True keeps its memory between calls; use chunk= in place of memory_limit=")
+        graphs.check(chosen, like)
+        run = partial(graphs.default, one, on_nan=on_nan)
+    else:
+        run = partial(one, grad=grad, on_nan=on_nan)
+    if not parts:
+        own: dict[str, Any] = {} if cuda_graph else {"callback": callback, "progress": progress}
+        return run(like, condition, guidance, sample_ids, drawn=not given, **own)
+    if chosen.loop is not None:
+        raise ValueError(f"{chosen.name} chooses its steps for the batch that it sees; chunks would change the result")
+    if memory_limit is not None and grad:
+        raise ValueError(f"memory_limit with grad={grad!r}: what backward needs of every chunk is kept; use chunk=")
+    conditions = (condition,) if guidance is None else guidance.conditions(condition)
+    rows = chunks.Rows(like.shape[0])
+
+    def part(lo: int, hi: int) -> Tensor:
+        own = [rows.of(each, lo, hi) for each in conditions]
+        # A graph makes the conditions itself, of those that it is given.
+        guide = guidance if guidance is None or cuda_graph else chunks.Part(guidance, tuple(own))
+        ids = torch.arange(lo, hi, device=like.device) if sample_ids is None else sample_ids[lo:hi]
+        seen = None if callback is None else lambda record: callback({**record, "rows": (lo, hi)})
+        extra: dict[str, Any] = {} if cuda_graph else {"callback": seen, "part": (lo, like.shape[0])}
+        return run(like[lo:hi], own[0], guide, ids, drawn=not given, **extra)
+
+    sizes = chunks.Sizes(like.shape[0], chunk, memory_limit, like.device)
+    return chunks.collect(
+        part, sizes, like=like if given else None, dim=int(trajectory), grad=bool(grad), progress=progress
+    )
+
+
+def _run(
+    model: FlowMap,
+    solver: solvers.Solver,
+    grid: Sequence[float],
+    x: Tensor,  # the noise, or with `drawn` a tensor that only says its shape, dtype and device
+    condition: Mapping[str, Any],
+    guidance: Guidance | None,
+    sample_ids: Tensor | None,
+    *,
+    drawn: bool,
+    seed: int | Tensor | None,
+    dtype: torch.dtype | None,
+    callback: Callable[[dict], None] | None = None,
+    times_on_device: dict | None = None,  # filled at first, used afterwards
+    **options: Any,
+) -> Tensor:
+    """One batch, its arguments checked."""
+    if drawn:
+        x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        evaluate(noise(x, seed=seed, sample_ids=sample_ids), out=x)
+    view = View(model, condition, guidance, takes=solver.takes, like=x, dtype=dtype)
+    times = [view.linear_time(r) for r in grid]
+    idle = 0 if guidance is None else guidance.idle(times)
+    if idle >= len(times) - 1:
+        raise ValueError(
+            f"{type(guidance).__name__} leaves the first {idle} steps idle and the grid has {len(times) - 1}; take more"
+        )
+    if times_on_device is not None:
+        view.rows = times_on_device
+    if not view.rows:
+        view.prepare(solver.asks(solver.visits(times[idle:])))
     if callback is not None and not view.linear:
         callback = _in_model_time(callback, view)
-    return solvers.integrate(
-        chosen,
+    resting = _rest(x, times[: idle + 1], view) if idle else []
+    if callback is not None and idle:
+        callback = _after(resting[1:], times, callback)
+    result = solvers.integrate(
+        solver,
         view,
-        x,
-        times,
+        resting[-1] if idle else x,
+        times[idle:],
         port=view.port,
         seed=seed,
         sample_ids=sample_ids,
-        grad=grad,
         callback=callback,
-        progress=progress,
-        trajectory=trajectory,
-        on_nan=on_nan,
+        **options,
     )
+    if idle and options.get("trajectory") and isinstance(result, Tensor):
+        result = torch.cat([torch.stack(resting[:-1]), result])
+    return result
+
+
+def _rest(x: Tensor, times: Sequence[float], view: View) -> list[Tensor]:
+    """The states at `times` where the velocity is zero: on the linear path the same one, so X moves with the path's
+    scale."""
+    scale = view.port.scale
+    if scale is None:
+        return [x] * len(times)
+    return [x, *(evaluate(lazy(x) * (scale(t) / scale(times[0]))) for t in times[1:])]
+
+
+def _after(resting: list[Tensor], times: list[float], callback: Callable[[dict], None]) -> Callable[[dict], None]:
+    """The callback, told of the idle steps first."""
+    idle = len(resting)
+
+    def told(record: dict) -> None:
+        if record["step"] == 1:
+            for k, x in enumerate(resting):
+                own = {"step": k + 1, "steps": record["steps"] + idle, "s": times[k], "t": times[k + 1], "nfe": 0}
+                callback({**record, **own, "x": x.clone()})
+        callback({**record, "step": record["step"] + idle, "steps": record["steps"] + idle})
+
+    return told
+
+
+def _times(solver: solvers.Solver, steps: int | None, grid: Any, nfe: int | None) -> list[float]:
+    if nfe is not None:
+        if grid is not None:
+            raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
+        wanted = solver.steps_for(nfe)
+        if steps is not None and steps != wanted:
+            raise ValueError(f"steps = {steps} with nfe = {nfe}, which is {wanted} steps of {solver.name}; give one")
+        steps = wanted
+    if grid is None:
+        return _uniform(4 if steps is None else steps)
+    times = solvers.time_grid(grid)
+    if steps is not None and steps != len(times) - 1:
+        raise ValueError(f"steps = {steps} with a grid of {len(times) - 1} steps; leave steps out")
+    outside = next((t for t in times if not 0.0 <= t <= 1.0), None)
+    if outside is not None:
+        raise ValueError(f"grid contains {outside:g}; times lie in [0, 1], 0 = noise to 1 = data")
+    return times
+
+
+def _draw_seed(like: Tensor) -> int | Tensor:
+    """From torch's generator. One seed serves the noise and the steps: they are different streams of it."""
+    if torch.compiler.is_compiling():
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
 
 
 def _network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:
     """Half precision where the network's parameters are, and no autocast translates; None: as the state."""
     parameters = getattr(model.network, "parameters", None)
     first = next(parameters(), None) if callable(parameters) else None
-    half = first is not None and first.dtype in (torch.bfloat16, torch.float16)
-    return first.dtype if half and first.dtype != x.dtype else None
+    kind = first.dtype if isinstance(first, Tensor) else None
+    return kind if kind in (torch.bfloat16, torch.float16) and kind != x.dtype else None
 
 
 def _in_model_time(callback: Callable[[dict], None], view: View) -> Callable[[dict], None]:
@@ -147,7 +273,8 @@ def _solver_of(solver: str | Callable) -> solvers.Solver:
     return solvers.Solver(solver, getattr(solver, "__name__", "step"), None, 1, stochastic=True)
 
 
-def _start(model: FlowMap, noise_or_shape, seed, sample_ids) -> Tensor:
+def _like(model: FlowMap, noise_or_shape: Any) -> Tensor:
+    """The noise, or where a shape is given a tensor of that shape, dtype and device that takes no memory."""
     if isinstance(noise_or_shape, Tensor):
         if not noise_or_shape.is_floating_point() or noise_or_shape.dim() == 0:
             raise TypeError(
@@ -156,15 +283,30 @@ def _start(model: FlowMap, noise_or_shape, seed, sample_ids) -> Tensor:
             )
         return noise_or_shape
     shape = tuple(noise_or_shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
+    if not shape or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape = {shape}; pass the noise or a shape of whole numbers, e.g. (16, 1, 28, 28)")
     parameters = getattr(model.network, "parameters", None)
     first = next(parameters(), None) if callable(parameters) else None
-    like = torch.empty(shape, dtype=torch.float32, device=None if first is None else first.device)
-    return evaluate(noise(like, seed=seed, sample_ids=sample_ids), out=like)
+    device = first.device if isinstance(first, Tensor) else None
+    return torch.empty((), dtype=torch.float32, device=device).expand(shape)
+
+
+def _check_ids(sample_ids: Any, like: Tensor) -> None:
+    if sample_ids is None:
+        return
+    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64:
+        shown = sample_ids.dtype if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
+        raise TypeError(f"sample_ids is {shown}; pass an int64 tensor, e.g. torch.arange({like.shape[0]})")
+    if sample_ids.shape != like.shape[:1] or sample_ids.device != like.device:
+        raise ValueError(
+            f"sample_ids has shape {tuple(sample_ids.shape)} on {sample_ids.device}; give one number per sample, "
+            f"({like.shape[0]},) on {like.device}"
+        )
 
 
 def _condition(condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]:
+    if condition is not None and not isinstance(condition, Mapping):
+        raise TypeError(f'condition is {type(condition).__name__}; pass keywords for the network, e.g. {{"label": y}}')
     condition = dict(condition or {})
     for key, value in condition.items():
         if isinstance(value, Tensor) and value.device != x.device:

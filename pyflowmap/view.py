@@ -39,7 +39,8 @@ class View:
         dtype: torch.dtype | None = None,  # of the network's argument; None: the state's
     ) -> None:
         self.model, self.takes, self.like = model, takes, like
-        self.guidance = None if guidance is None else guidance.begin()
+        self._guidance = guidance
+        self.restart()
         self.conditions = (condition,) if guidance is None else guidance.conditions(condition)
         slots = 1 if guidance is None else guidance.slots(condition)
         path = model.interpolant
@@ -48,6 +49,10 @@ class View:
         self.port = Port(slots, dtype, scale, self._singular())
         self.rows: dict[tuple[float, int], Tensor] = {}
         self._packed: dict[Any, Mapping[str, Any]] = {}
+
+    def restart(self) -> None:
+        """Begin another run: a guidance that remembers forgets."""
+        self.guidance = None if self._guidance is None else self._guidance.begin()
 
     def _singular(self) -> frozenset[float]:
         found = []
