@@ -157,7 +157,7 @@ class Graphs:
             entry = self.entries.get(key)
             if entry is None:
                 arguments = (x, condition, guidance, sample_ids)
-                inputs, replay, table = self._capture(run, now, seed, arguments, drawn, on_nan)
+                inputs, replay, table = self._capture(run, now, seed, arguments, drawn)
                 entry = _Entry(inputs, replay, [weakref.ref(each) for each in alive], [*kept, table])
                 self.entries[key] = entry
                 while len(self.entries) > self.size:
@@ -176,7 +176,7 @@ class Graphs:
             return run(x, condition, guidance, sample_ids, drawn=drawn, on_nan=on_nan)  # it knows how to say where
         return result
 
-    def _capture(self, run, now, seed, arguments, drawn, on_nan) -> tuple[dict[str, Tensor], Replay, dict]:
+    def _capture(self, run, now, seed, arguments, drawn) -> tuple[dict[str, Tensor], Replay, dict]:
         x, condition, guidance, _ = arguments
         inputs = {name: torch.empty_like(value).copy_(value) for name, value in now.items()}
         if seed is not None:
@@ -188,7 +188,7 @@ class Graphs:
             *(inputs.get("x", x), static, guidance, inputs.get("ids")),
             drawn=drawn,
             seed=inputs.get("seed"),
-            on_nan=on_nan,
+            on_nan="keep",  # the replay's result is looked at, not this one's
             times_on_device=table,
         )
         kind = x.device.type
@@ -197,8 +197,7 @@ class Graphs:
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
         with torch.no_grad(), cast, warnings.catch_warnings():
-            if on_nan == "keep":  # said once, after the replay
-                warnings.simplefilter("ignore", RuntimeWarning)
+            warnings.simplefilter("ignore", RuntimeWarning)
             replay = self.capturer.capture(again, x.device)
         return inputs, replay, table
 
