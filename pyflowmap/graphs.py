@@ -71,7 +71,7 @@ class Cuda:
             here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, stream=side):
                     result = function()
             except RuntimeError as error:
                 raise RuntimeError(

@@ -13,6 +13,7 @@ from . import chunks, graphs, solvers
 from .algebra import evaluate, lazy, noise
 from .flow_map import FlowMap
 from .guidance import Guidance
+from .tangents.parts import is_dual
 from .view import View
 
 __all__ = ["sample"]
@@ -98,6 +99,8 @@ def sample(
             f'grad="checkpoint" runs each step again in backward, but {type(guidance).__name__} remembers earlier '
             "steps; use grad=True"
         )
+    if not grad and like.requires_grad and _under_func_grad(like):
+        raise ValueError("torch.func.grad of sample with grad=False would be zero; pass grad=True, or noise.detach()")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype = {dtype}; the network is given floating-point numbers, e.g. torch.bfloat16")
     parts = chunk is not None or memory_limit is not None
@@ -250,6 +253,11 @@ def _network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:
     return kind if kind in (torch.bfloat16, torch.float16) and kind != x.dtype else None
 
 
+def _under_func_grad(x: Tensor) -> bool:
+    # Plain autograd says so by itself: a result without a graph refuses backward. torch.func.grad would return zeros.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(x)
+
+
 def _in_model_time(callback: Callable[[dict], None], view: View) -> Callable[[dict], None]:
     return lambda record: callback({**record, "s": view.model_time(record["s"]), "t": view.model_time(record["t"])})
 
@@ -282,6 +290,8 @@ def _like(model: FlowMap, noise_or_shape: Any) -> Tensor:
                 "pass a floating-point tensor (B, ...)"
             )
         return noise_or_shape
+    if is_dual(noise_or_shape):
+        raise TypeError("the noise is a Dual, which sample does not carry; take its derivative by torch.func.jvp")
     shape = tuple(noise_or_shape)
     if not shape or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
         raise ValueError(f"shape = {shape}; pass the noise or a shape of whole numbers, e.g. (16, 1, 28, 28)")

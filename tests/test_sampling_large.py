@@ -15,6 +15,7 @@ from pyflowmap.flow_map import FlowMap
 from pyflowmap.guidance import Guidance, cfg
 from pyflowmap.interpolants import VariancePreserving
 from pyflowmap.sampling import sample
+from pyflowmap.tangents import jvp
 
 ORACLE = Gaussian()
 FLOW = FlowMap(ORACLE.mean_velocity)
@@ -369,6 +370,26 @@ def test_inference_mode_and_compile():
             assert torch.equal(f(x), sample(fm, x, 3, solver=solver, **options))
         g = torch.compile(lambda s=solver: sample(fm, (4, 3), 3, solver=s, seed=2), fullgraph=True, backend="eager")
         assert torch.equal(g(), sample(fm, (4, 3), 3, solver=solver, seed=2))
+
+
+@pytest.mark.parametrize("options", [{}, {"grad": True}, {"trajectory": True}, {"chunk": 2}], ids=str)
+@pytest.mark.parametrize("solver", ["flow_map", "heun"])
+def test_derivatives_are_right_or_refused(solver, options):
+    fm = FlowMap(lambda x, s, t: x.sin())
+    x, dx = torch.randn(2, 4, 3, dtype=torch.float64)
+    f = lambda x: sample(fm, x, 3, solver=solver, **options)  # noqa: E731
+    h = 1e-6
+    difference = (f(x + h * dx) - f(x - h * dx)) / (2 * h)
+    torch.testing.assert_close(torch.func.jvp(f, (x,), (dx,))[1], difference, rtol=1e-7, atol=1e-7)
+    total = lambda x: f(x).sum()  # noqa: E731
+    if "grad" in options:
+        torch.testing.assert_close((torch.func.grad(total)(x) * dx).sum(), difference.sum(), rtol=1e-7, atol=1e-7)
+    else:
+        assert not f(x.clone().requires_grad_()).requires_grad
+        with pytest.raises(ValueError, match="pass grad=True"):
+            torch.func.grad(total)(x)
+    with pytest.raises(TypeError, match="the noise is a Dual"):
+        jvp(f, (x,), (dx,))
 
 
 def test_warnings_name_the_callers_line():
