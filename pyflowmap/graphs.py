@@ -35,7 +35,7 @@ from .guidance import Guidance
 from .solvers import Solver
 from .solvers.driver import finite
 
-__all__ = ["Capturer", "Cuda", "Graphs", "check", "default"]
+__all__ = ["Capturer", "Cuda", "Graphs", "check", "clear", "default"]
 
 
 class Capturer(Protocol):
