@@ -29,7 +29,7 @@ KERNELS = re.search(r"set\(PYFLOWMAP_KERNELS ([\w ]+)\)", (ROOT / "CMakeLists.tx
 # way back. `""` is pyflowmap/__init__.py: the programs of floor 7 use the public names like anyone, nothing below does.
 FLOORS = [
     (7, "__main__", "cli", "bench", "integrations", ""),
-    (6, "training", "editing", "likelihood", "sampling", "view", "data"),
+    (6, "training", "editing", "likelihood", "sampling", "view", "chunks", "graphs", "data"),
     (5, "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),
     (3, "interpolants", "schedules", "tangents", "algebra", "combination"),
