@@ -92,7 +92,7 @@ def evaluate(*combinations: Lazy | Tensor, out: Any = None, dtype: torch.dtype |
         out = (out,)
     if dtype is not None and out is not None:
         raise ValueError("evaluate: out says already which dtype the result has; leave dtype= away")
-    operands, matrix, field, leading = _union(terms)
+    operands, matrix, field, leading = union(terms)
     if not _is_tracing():
         target = out
         if target is None and operands and all([type(x) is Tensor for x in operands]):  # noqa: C419
@@ -132,7 +132,7 @@ def inner(a: Lazy | Tensor, b: Lazy | Tensor | None = None) -> Tensor:
         terms.append(b if type(b) is Lazy else lazy(b))
     if terms[0].ndim == 0:
         raise ValueError("inner needs at least one dimension, the samples; got a 0-d combination")
-    operands, matrix, field, leading = _union(terms)
+    operands, matrix, field, leading = union(terms)
     result = combine_op(
         operands,
         matrix,
@@ -172,7 +172,7 @@ def _check_versions(term: Lazy) -> None:
             )
 
 
-def _union(terms: Sequence[Lazy]) -> tuple[tuple[Tensor, ...], tuple[tuple[Any, ...], ...], NoiseField | None, int]:
+def union(terms: Sequence[Lazy]) -> tuple[tuple[Tensor, ...], tuple[tuple[Any, ...], ...], NoiseField | None, int]:
     """Operands of all combinations, each once, and the matrix over them; the noise is its last column."""
     tracing = _is_tracing()
     columns: dict[int, int] = {}

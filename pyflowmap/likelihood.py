@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import solvers
 from .algebra import evaluate, inner, lazy, noise
+from .arguments import condition_of, network_dtype, solver_of, uniform
 from .flow_map import FlowMap
-from .sampling import _condition, _network_dtype, _solver_of, _uniform
 from .solvers import Port
 from .tangents import jvp
 from .view import View
@@ -78,7 +78,7 @@ def log_likelihood(
         raise TypeError(
             f"x1 is {shown}; pass floating-point data (B, ...), integers as x1.float() plus uniform noise in [0, 1)"
         )
-    chosen = _solver_of(solver)
+    chosen = solver_of(solver)
     if chosen.takes != "velocity" or (chosen.stochastic and isinstance(solver, (str, solvers.Solver))):
         why = "takes a jump" if chosen.takes != "velocity" else "draws noise"
         raise ValueError(f'solver = "{chosen.name}" {why}; a density needs a deterministic ODE solver, e.g. "heun"')
@@ -88,12 +88,12 @@ def log_likelihood(
         raise ValueError(f"probes = {probes!r}; it is a whole number, at least 1")
     if distribution not in ("rademacher", "gaussian"):
         raise ValueError(f'distribution = {distribution!r}; it is "rademacher" or "gaussian"')
-    condition = _condition(condition, x1)
+    condition = condition_of(condition, x1)
     view = View(model, condition, like=x1)
-    times = _times(view, _uniform(steps) if grid is None else grid)
+    times = _times(view, uniform(steps) if grid is None else grid)
     view.prepare(chosen.asks(chosen.visits(times)))
     made = None if exact else _probes(x1, probes, distribution, seed, sample_ids)
-    divergence = _Divergence(view, x1, made, _network_dtype(model, x1), bool(grad))
+    divergence = _Divergence(view, x1, made, network_dtype(model, x1), bool(grad))
     start = torch.cat([x1.flatten(1), x1.new_zeros(x1.shape[0], 1)], 1)
     port = Port(singular=view.port.singular)
     end = solvers.integrate(chosen, divergence, start, times, port=port, grad=grad)
@@ -176,9 +176,9 @@ class _Divergence:
                 track_tangent=self.grad,
             )
             if velocity is None:
-                velocity = evaluate(view._velocity(view.model, output, lazy(state), t), dtype=state.dtype)
+                velocity = evaluate(view.velocity(view.model, output, lazy(state), t), dtype=state.dtype)
             # The velocity is linear in x and the output together, so its tangent is the same formula of the tangents.
-            parts.append(inner(lazy(probe), view._velocity(view.model, change, lazy(probe), t)))
+            parts.append(inner(lazy(probe), view.velocity(view.model, change, lazy(probe), t)))
         total = torch.stack(parts).sum(0) / (1 if self.probes is None else len(parts))
         return lazy(torch.cat([velocity.flatten(1), total.to(state.dtype)[:, None]], 1))
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import solvers
-from .algebra import evaluate, noise
+from . import chunks, graphs, solvers
+from .algebra import evaluate, lazy, noise
+from .arguments import check_ids, condition_of, like_of, network_dtype, solver_of, uniform
 from .flow_map import FlowMap
 from .guidance import Guidance
 from .view import View
@@ -21,9 +23,9 @@ __all__ = ["sample"]
 def sample(
     model: FlowMap,
     noise_or_shape: Tensor | Sequence[int],  # (B, ...)
-    steps: int = 4,
+    steps: int | None = None,  # 4
     *,
-    grid: Sequence[float] | Tensor | None = None,  # replaces steps; strictly monotone, 0 = noise to 1 = data
+    grid: Sequence[float] | Tensor | None = None,  # in place of steps; strictly monotone, 0 = noise to 1 = data
     solver: str | Callable = "flow_map",
     condition: Mapping[str, Any] | None = None,
     guidance: Callable | None = None,
@@ -34,9 +36,11 @@ def sample(
     progress: bool = False,
     trajectory: bool = False,
     cuda_graph: bool = False,
-    nfe: int | None = None,  # network evaluations to spend, in place of steps
+    nfe: int | None = None,  # evaluations of the velocity to spend, in place of steps
     dtype: torch.dtype | None = None,  # of what the network is given; the state keeps the noise's
     on_nan: str = "raise",
+    chunk: int | None = None,  # rows at a time
+    memory_limit: int | str | None = None,  # bytes, or "2GB": as many rows at a time as fit
 ) -> Tensor:
     """Carry noise to data: x <- X_{s,t}(x) over the grid, or a solver's step on the velocity.
 
@@ -46,17 +50,22 @@ def sample(
     grid       in the model's own time. Solvers work on the linear path (see `pyflowmap.view`), whatever the model's
     solver     a name in `pyflowmap.solvers.named`, such a solver with options (`solvers.heun_alpha.using(alpha=0.5)`),
                or a step function
-    condition  keywords for the network, e.g. {"label": y}
-    guidance   an object of `pyflowmap.guidance`, e.g. pfm.guidance.cfg(3.0, null={"label": 10}). Steps that it leaves
-               out (the zero-init of `cfg_zero`) are neither called back nor in the trajectory
+    condition  keywords for the network, e.g. {"label": y}; tensors have one row per sample, or no dimension
+    guidance   an object of `pyflowmap.guidance`, e.g. pfm.guidance.cfg(3.0, null={"label": 10})
     seed       of the noise, and of the noise that stochastic solvers draw
     grad       record for backward; "checkpoint" keeps one state per step and runs each again in backward
-    callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time
+    callback   called with {"step", "steps", "s", "t", "x", "nfe"} after each step, in the model's own time; with chunks
+               also {"rows": (first, beyond the last)}
     trajectory return every state, (steps + 1, B, ...), instead of the last
-    nfe        the budget; ValueError where the solver cannot spend exactly that
+    cuda_graph capture the whole loop at the first call and replay it at later ones like it; see `pyflowmap.graphs`
+    nfe        the budget; ValueError where the solver cannot spend exactly that. Both conditions of a guidance count as
+               one
     dtype      by default that of the network's parameters where they are half precision, else the noise's. The state
                and the solver's arithmetic stay in the dtype of the noise
     on_nan     "raise", or "keep": warn, and return the samples that are unharmed with the others
+    chunk      run this many rows after one another: the same samples, in less memory
+    memory_limit  the same, in as many rows as fit into what this call may allocate, its result included; measured, not
+               guessed, see `pyflowmap.chunks`. Not on top: the model, the arguments and what is allocated already
 
     Returns the state at the end of the grid, shape (B, ...), the dtype of the noise (float32 for a shape).
     Raises ValueError or TypeError for bad arguments, FloatingPointError naming the step and samples that became NaN.
@@ -70,121 +79,184 @@ def sample(
         raise TypeError(
             f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
         )
-    chosen = _solver_of(solver)
-    if nfe is not None:
-        if grid is not None:
-            raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
-        steps = chosen.steps_for(nfe)
-    times = solvers.time_grid(_uniform(steps) if grid is None else grid)
-    outside = next((t for t in times if not 0.0 <= t <= 1.0), None)
-    if outside is not None:
-        raise ValueError(f"grid contains {outside:g}; times lie in [0, 1], 0 = noise to 1 = data")
-    x = _start(model, noise_or_shape, seed, sample_ids)
-    if isinstance(noise_or_shape, Tensor) and not chosen.stochastic and (seed is not None or sample_ids is not None):
+    chosen = solver_of(solver)
+    times = _times(chosen, steps, grid, nfe)
+    given = isinstance(noise_or_shape, Tensor)
+    like = like_of(model, noise_or_shape)
+    if given and not chosen.stochastic and (seed is not None or sample_ids is not None):
+        which = "seed" if seed is not None else "sample_ids"
         raise ValueError(
-            f"seed = {seed} with the noise given; {chosen.name} draws none; seeds and sample ids go with a shape"
+            f"{which} = {seed if seed is not None else '...'} with the noise given; {chosen.name} draws none, so seeds "
+            "and sample ids go with a shape only"
         )
-    condition = _condition(condition, x)
-    if cuda_graph and not (torch.cuda.is_available() and x.is_cuda):
-        raise ValueError(f"cuda_graph=True needs a CUDA device, the noise is on {x.device}; leave it out on the CPU")
-    if cuda_graph:
-        raise NotImplementedError(
-            "cuda_graph=True is not built yet; capture pfm.sample yourself with torch.cuda.graph, it does not sync"
+    check_ids(sample_ids, like)
+    if nfe is not None and isinstance(guidance, Guidance) and (idle := guidance.idle(times)):
+        raise ValueError(
+            f"nfe = {nfe} can't be met: the guidance leaves out {idle} of {len(times) - 1} steps; pass steps"
         )
+    condition = condition_of(condition, like)
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(
             f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...)"
         )
     if guidance is not None:
         guidance.check(chosen, grad)
-    view = View(model, condition, guidance, takes=chosen.takes, like=x, dtype=dtype or _network_dtype(model, x))
-    times = [view.linear_time(r) for r in times]
-    if guidance is not None:
-        idle = guidance.idle(times)
-        if idle and nfe is not None:
-            raise ValueError(f"nfe = {nfe} can't be met: the guidance leaves out {idle} of {steps} steps; pass steps")
-        times = times[idle:]
-    view.prepare(chosen.asks(chosen.visits(times)))
+    if not grad and like.requires_grad and _under_func_grad(like):
+        raise ValueError("torch.func.grad of sample with grad=False would be zero; pass grad=True, or noise.detach()")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype = {dtype}; the network is given floating-point numbers, e.g. torch.bfloat16")
+    parts = chunk is not None or memory_limit is not None
+    if seed is None and (not given or (chosen.stochastic and (parts or cuda_graph))):
+        seed = _draw_seed(like)
+    one = partial(
+        _run, model, chosen, times, seed=seed, dtype=dtype or network_dtype(model, like), trajectory=trajectory
+    )
+    if cuda_graph:
+        for name, value in (("grad", grad), ("callback", callback), ("progress", progress)):
+            if value:
+                raise ValueError(f"cuda_graph=True replays the loop without Python, so {name}={value!r} cannot be kept")
+        if memory_limit is not None:
+            raise ValueError("cuda_graph=True keeps its memory between calls; use chunk= in place of memory_limit=")
+        graphs.check(chosen, like)
+        run = partial(graphs.default, one, on_nan=on_nan)
+    else:
+        run = partial(one, grad=grad, on_nan=on_nan)
+    if not parts:
+        own: dict[str, Any] = {} if cuda_graph else {"callback": callback, "progress": progress}
+        return run(like, condition, guidance, sample_ids, drawn=not given, **own)
+    if chosen.loop is not None:
+        raise ValueError(f"{chosen.name} chooses its steps for the batch that it sees; chunks would change the result")
+    if memory_limit is not None and grad:
+        raise ValueError(f"memory_limit with grad={grad!r}: what backward needs of every chunk is kept; use chunk=")
+    conditions = (condition,) if guidance is None else guidance.conditions(condition)
+    rows = chunks.Rows(like.shape[0])
+
+    def part(lo: int, hi: int) -> Tensor:
+        own = [rows.of(each, lo, hi) for each in conditions]
+        # A graph makes the conditions itself, of those that it is given.
+        guide = guidance if guidance is None or cuda_graph else chunks.Part(guidance, tuple(own))
+        ids = torch.arange(lo, hi, device=like.device) if sample_ids is None else sample_ids[lo:hi]
+        seen = None if callback is None else lambda record: callback({**record, "rows": (lo, hi)})
+        extra: dict[str, Any] = {} if cuda_graph else {"callback": seen, "part": (lo, like.shape[0])}
+        return run(like[lo:hi], own[0], guide, ids, drawn=not given, **extra)
+
+    sizes = chunks.Sizes(like.shape[0], chunk, memory_limit, like.device)
+    return chunks.collect(
+        part, sizes, like=like if given else None, dim=int(trajectory), grad=bool(grad), progress=progress
+    )
+
+
+def _run(
+    model: FlowMap,
+    solver: solvers.Solver,
+    grid: Sequence[float],
+    x: Tensor,  # the noise, or with `drawn` a tensor that only says its shape, dtype and device
+    condition: Mapping[str, Any],
+    guidance: Guidance | None,
+    sample_ids: Tensor | None,
+    *,
+    drawn: bool,
+    seed: int | Tensor | None,
+    dtype: torch.dtype | None,
+    callback: Callable[[dict], None] | None = None,
+    times_on_device: dict | None = None,  # filled at first, used afterwards
+    **options: Any,
+) -> Tensor:
+    """One batch, its arguments checked."""
+    if drawn:
+        x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        evaluate(noise(x, seed=seed, sample_ids=sample_ids), out=x)
+    view = View(model, condition, guidance, takes=solver.takes, like=x, dtype=dtype)
+    times = [view.linear_time(r) for r in grid]
+    idle = 0 if guidance is None else guidance.idle(times)
+    if idle >= len(times) - 1:
+        raise ValueError(
+            f"{type(guidance).__name__} leaves the first {idle} steps idle and the grid has {len(times) - 1}; take more"
+        )
+    if times_on_device is not None:
+        view.rows = times_on_device
+    if not view.rows:
+        view.prepare(solver.asks(solver.visits(times[idle:])))
     if callback is not None and not view.linear:
         callback = _in_model_time(callback, view)
+    resting = _rest(x, times[: idle + 1], view) if idle else []
+    if callback is not None and idle:
+        callback = _after(resting[1:], times, callback)
     result = solvers.integrate(
-        chosen,
+        solver,
         view,
-        x,
-        times,
+        resting[-1] if idle else x,
+        times[idle:],
         port=view.port,
         seed=seed,
         sample_ids=sample_ids,
-        grad=grad,
         callback=callback,
-        progress=progress,
-        trajectory=trajectory,
-        on_nan=on_nan,
+        **options,
     )
     if isinstance(result, solvers.Adaptive):
         missing = result.explain(view.model_time)
         if missing is not None:
-            warnings.warn(missing, RuntimeWarning, stacklevel=2)
-        return result.x
+            warnings.warn(missing, RuntimeWarning, stacklevel=3)
+        result = result.x
+    if idle and options.get("trajectory"):
+        result = torch.cat([torch.stack(resting[:-1]), result])
     return result
 
 
-def _network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:
-    """Half precision where the network's parameters are, and no autocast translates; None: as the state."""
-    parameters = getattr(model.network, "parameters", None)
-    first = next(parameters(), None) if callable(parameters) else None
-    if first is None or first.dtype not in (torch.bfloat16, torch.float16) or first.dtype == x.dtype:
-        return None
-    return first.dtype
+def _rest(x: Tensor, times: Sequence[float], view: View) -> list[Tensor]:
+    """The states at `times` where the velocity is zero: on the linear path the same one, so X moves with the path's
+    scale."""
+    scale = view.port.scale
+    if scale is None:
+        return [x] * len(times)
+    return [x, *(evaluate(lazy(x) * (scale(t) / scale(times[0]))) for t in times[1:])]
+
+
+def _after(resting: list[Tensor], times: list[float], callback: Callable[[dict], None]) -> Callable[[dict], None]:
+    """The callback, told of the idle steps first."""
+    idle = len(resting)
+
+    def told(record: dict) -> None:
+        steps = None if record["steps"] is None else record["steps"] + idle  # None: an adaptive solver
+        if record["step"] == 1:
+            for k, x in enumerate(resting):
+                own = {"step": k + 1, "steps": steps, "s": times[k], "t": times[k + 1], "nfe": 0}
+                callback({**record, **own, "x": x.clone()})
+        callback({**record, "step": record["step"] + idle, "steps": steps})
+
+    return told
+
+
+def _times(solver: solvers.Solver, steps: int | None, grid: Any, nfe: int | None) -> list[float]:
+    if nfe is not None:
+        if grid is not None:
+            raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
+        wanted = solver.steps_for(nfe)
+        if steps is not None and steps != wanted:
+            raise ValueError(f"steps = {steps} with nfe = {nfe}, which is {wanted} steps of {solver.name}; give one")
+        steps = wanted
+    if grid is None:
+        return uniform(4 if steps is None else steps)
+    times = solvers.time_grid(grid)
+    if steps is not None and steps != len(times) - 1:
+        raise ValueError(f"steps = {steps} with a grid of {len(times) - 1} steps; leave steps out")
+    outside = next((t for t in times if not 0.0 <= t <= 1.0), None)
+    if outside is not None:
+        raise ValueError(f"grid contains {outside:g}; times lie in [0, 1], 0 = noise to 1 = data")
+    return times
+
+
+def _draw_seed(like: Tensor) -> int | Tensor:
+    """From torch's generator. One seed serves the noise and the steps: they are different streams of it."""
+    if torch.compiler.is_compiling():
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=like.device)
+    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
+
+
+def _under_func_grad(x: Tensor) -> bool:
+    # Plain autograd says so by itself: a result without a graph refuses backward. torch.func.grad would return zeros.
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(x)
 
 
 def _in_model_time(callback: Callable[[dict], None], view: View) -> Callable[[dict], None]:
     return lambda record: callback({**record, "s": view.model_time(record["s"]), "t": view.model_time(record["t"])})
-
-
-def _uniform(steps: int) -> list[float]:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps = {steps!r}; it is a whole number, at least 1")
-    return [k / steps for k in range(steps + 1)]
-
-
-def _solver_of(solver: str | Callable) -> solvers.Solver:
-    if isinstance(solver, str):
-        if solver not in solvers.named:
-            raise ValueError(f"solver = {solver!r}; named ones are {', '.join(solvers.named)}, or pass a step function")
-        solver = solvers.named[solver]
-    if isinstance(solver, solvers.Solver):
-        return solver
-    if not callable(solver):
-        raise TypeError(f"solver is {type(solver).__name__}; pass a name or step(velocity, x, s, t, memory)")
-    # A step of one's own may draw noise, so seeds are its own business.
-    return solvers.Solver(solver, getattr(solver, "__name__", "step"), None, 1, stochastic=True)
-
-
-def _start(model: FlowMap, noise_or_shape, seed, sample_ids) -> Tensor:
-    if isinstance(noise_or_shape, Tensor):
-        if not noise_or_shape.is_floating_point() or noise_or_shape.dim() == 0:
-            raise TypeError(
-                f"noise has dtype {noise_or_shape.dtype} and shape {tuple(noise_or_shape.shape)}; "
-                "pass a floating-point tensor (B, ...)"
-            )
-        return noise_or_shape
-    shape = tuple(noise_or_shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in shape):
-        raise ValueError(f"shape = {shape}; pass the noise or a shape of whole numbers, e.g. (16, 1, 28, 28)")
-    parameters = getattr(model.network, "parameters", None)
-    first = next(parameters(), None) if callable(parameters) else None
-    like = torch.empty(shape, dtype=torch.float32, device=None if first is None else first.device)
-    return evaluate(noise(like, seed=seed, sample_ids=sample_ids), out=like)
-
-
-def _condition(condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]:
-    condition = dict(condition or {})
-    for key, value in condition.items():
-        if isinstance(value, Tensor) and value.device != x.device:
-            raise ValueError(f"condition {key!r} is on {value.device} but the noise is on {x.device}; move one of them")
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"condition {key!r} has {value.shape[0]} rows but the noise has {x.shape[0]}; give one row per sample"
-            )
-    return condition

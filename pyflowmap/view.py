@@ -105,14 +105,14 @@ class View:
             output = self._output(self.model, argument, s, t, 1, self.conditions[0])
             if self.takes == "jump":
                 return self._jump(self.model, output, x, s, t)
-            return self._velocity(self.model, output, x, s)
+            return self.velocity(self.model, output, x, s)
 
         def ask(*which: int, model: Any = None) -> list[Lazy]:
             """One velocity (of a jump: mean velocity) per condition named, of `model` in place of the view's own: a
             flow map, or a network to be called like the view's."""
             asked = self.model if model is None else self._other(model)
             outputs = self._outputs(asked, argument, s, t, which)
-            make = self._mean_velocity if self.takes == "jump" else self._velocity
+            make = self.mean_velocity if self.takes == "jump" else self.velocity
             return [make(asked, each, x, s, t) for each in outputs]
 
         guided = self.guidance(ask, x, s, t)
@@ -145,7 +145,8 @@ class View:
     def _output(self, model: FlowMap, argument: Tensor, s: Any, t: Any, count: int, condition: Any) -> Tensor:
         return model.output(argument, self._row(s, count), self._row(t, count), condition)
 
-    def _velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any = None) -> Lazy:
+    def velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any = None) -> Lazy:
+        """What `model` returned at x as the linear path's velocity there."""
         r = self.model_time(s)
         c_x, c_p = linear_velocity_coefficients(model.prediction, model.interpolant, r)
         if not self.linear:
@@ -159,11 +160,12 @@ class View:
             c_x, c_p = c_x * path.scale(r) / path.scale(q), c_p / path.scale(q)
         return _combine(c_x, x, c_p * model.sign, output)
 
-    def _mean_velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any) -> Lazy:
+    def mean_velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any) -> Lazy:
+        """What `model` returned at x as the mean velocity of its jump from s to t, on the linear path."""
         if self.linear:
             return model.as_mean_velocity(output, x, s, t)
         if isinstance(s, float) and s == t:
-            return self._velocity(model, output, x, s)
+            return self.velocity(model, output, x, s)
         return (self._jump(model, output, x, s, t) - x) / (t - s)
 
 

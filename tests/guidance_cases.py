@@ -93,6 +93,7 @@ EVERY = {
 
 
 def run(x, guide, steps=3, solver="heun", label=LABEL, **options):
+    steps = None if "grid" in options else steps
     return sample(CURVED, x, steps, solver=solver, condition={"label": label}, guidance=guide, **options)
 
 

@@ -200,12 +200,13 @@ def test_zero_init_drops_steps_and_no_history_holds_them(zero_init, dropped):
     options = {"solver": ab2, "condition": {"label": LABEL}, "guidance": guide}
     x = torch.randn(2, 4, dtype=torch.float64)
     states = sample(FlowMap(network, prediction="velocity"), x, grid=times, trajectory=True, **options)
-    assert asked == times[dropped:-1] and len(states) == 11 - dropped
+    assert asked == times[dropped:-1] and len(states) == 11
+    assert all(torch.equal(each, x) for each in states[: dropped + 1])
     # Had ab2 remembered a zero, its next step would be 1.5 h v.
     label = torch.tensor([10, 10])
     first, s = [curved(x, torch.tensor([times[dropped]]), each) for each in (LABEL, label)], times[dropped]
     expected = x + (times[dropped + 1] - s) * paper_cfg_zero(*first, 3.0)
-    torch.testing.assert_close(states[1], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(states[dropped + 1], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_zero_init_is_only_where_it_can_be():

@@ -407,8 +407,8 @@ def test_a_workspace_serves_run_after_run(solver):
     """With `out` as well, a second run asks torch for no tensor of the state's size, and spoils no earlier result."""
     x, y = torch.randn(3, 4000), torch.randn(3, 4000)
     each, grid, space = solvers.named[solver], uniform(5, 0.1, 0.9), solvers.Workspace()
-    run = lambda x, **options: each(lambda x, t: torch.tanh(x, out=buffer), x, grid, **options)  # noqa: E731
-    buffer = torch.empty_like(x)
+    v = torch.randn(3, 4000)  # the network allocates nothing either
+    run = lambda x, **options: each(lambda x, t: v[: len(x)], x, grid, **options)  # noqa: E731
     first, second = run(x), run(y)
     kept = run(x, workspace=space)
     assert torch.equal(kept, first) and torch.equal(run(y, workspace=space), second) and torch.equal(kept, first)
@@ -420,5 +420,5 @@ def test_a_workspace_serves_run_after_run(solver):
     assert torch.equal(run(x[:2], workspace=space), first[:2])  # another shape: other buffers
     with pytest.raises(ValueError, match="grad records"):
         run(x, out=out, grad=True)
-    with pytest.raises(ValueError, match="out is .2, 4000."):
+    with pytest.raises(ValueError, match=r"out is \(2, 4000\)"):
         run(x, out=out[:2])

@@ -105,7 +105,7 @@ class Branches:
                     if (k, i) not in known:
                         known[k, i] = self._call(self.model, first, 1, t, view.conditions[i])
                     output = known[k, i]
-                velocities.append(view._velocity(model or self.model, output, x, t))
+                velocities.append(view.velocity(model or self.model, output, x, t))
             return velocities
 
         return ask(0)[0] if view.guidance is None else view.guidance(ask, x, t, t)

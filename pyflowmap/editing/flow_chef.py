@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import Lazy, _union, evaluate, lazy
+from ..algebra import Lazy, evaluate, lazy, union
+from ..arguments import condition_of, network_dtype, start, uniform
 from ..flow_map import FlowMap
 from ..ops.combine import combine
-from ..sampling import _condition, _network_dtype, _start, _uniform
 from ..solvers import Solver, integrate, time_grid
 from ..solvers.buffers import Packed
 from ..view import View
@@ -72,7 +72,7 @@ def flow_chef(
         raise TypeError(
             f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
         )
-    times = time_grid(_uniform(steps) if grid is None else grid)
+    times = time_grid(uniform(steps) if grid is None else grid)
     if not 0.0 <= times[0] < times[-1] <= 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; it rises within [0, 1], 0 = noise to 1 = data")
     if isinstance(noise_or_shape, Tensor) and (seed is not None or sample_ids is not None):
@@ -80,11 +80,11 @@ def flow_chef(
     if not 0.0 < until <= 1.0:
         raise ValueError(f"until = {until!r}; it is a time above 0, at most 1")
     refuse_grad(noise=noise_or_shape, measurement=measurement)
-    x = _start(model, noise_or_shape, seed, sample_ids)
+    x = start(model, noise_or_shape, seed, sample_ids)
     _check(operator, measurement, strength, inner, x)
-    condition = _condition(condition, x)
+    condition = condition_of(condition, x)
     guidance = check_guidance(guidance, "guidance")
-    view = View(model, condition, guidance, like=x, dtype=_network_dtype(model, x))
+    view = View(model, condition, guidance, like=x, dtype=network_dtype(model, x))
     times, last = [view.linear_time(r) for r in times], view.linear_time(until)
     if guidance is not None:
         times = times[guidance.idle(times) :]
@@ -162,7 +162,7 @@ def _steering(operator: Any, y: Any, strength: float, inner: int, x: Tensor) -> 
 
 def _evaluate_masked(base: Lazy, mask: Tensor, change: Lazy, outs: Sequence[Tensor]) -> None:
     """base + mask * change, elementwise in the mask, into each of `outs`: one launch."""
-    operands, (a, b), field, leading = _union((base, change))
+    operands, (a, b), field, leading = union((base, change))
     noise = None if field is None else field.noise
     combine(operands, (a,) * len(outs), out=tuple(outs), leading=leading, noise=noise, mask=(mask, (b,) * len(outs)))
 

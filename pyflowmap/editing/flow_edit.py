@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate, lazy
+from ..arguments import condition_of, network_dtype, uniform
 from ..flow_map import FlowMap
-from ..sampling import _condition, _network_dtype, _uniform
 from ..solvers import Solver, integrate, time_grid
 from .branches import Branches, check_guidance, in_model_time, linear_time, refuse_grad
 
@@ -66,7 +66,7 @@ def flow_edit(
     tensor([[2., 2.]])
     """
     _check(model, x_source, draws)
-    times = time_grid(_uniform(steps) if grid is None else grid)
+    times = time_grid(uniform(steps) if grid is None else grid)
     count = len(times) - 1
     if not 0.0 <= times[0] < times[-1] == 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; an edit ends at the data: rise to 1")
@@ -78,7 +78,7 @@ def flow_edit(
             f"skip = {skip} and ordinary = {ordinary} of {count} steps; together they fit, and one is left"
         )
     start = x_source.to(torch.promote_types(x_source.dtype, torch.float32))
-    conditions = [_condition(each, start) for each in (source, target)]
+    conditions = [condition_of(each, start) for each in (source, target)]
     guidances = [
         check_guidance(each, name)
         for each, name in ((guidance_source, "guidance_source"), (guidance_target, "guidance_target"))
@@ -90,7 +90,7 @@ def flow_edit(
                 f"{type(each).__name__} leaves its first {each.idle(times)} steps idle, which is for sampling from "
                 "noise; switch its zero-init off for an edit, and use skip"
             )
-    dtype = _network_dtype(model, start)
+    dtype = network_dtype(model, start)
     direct = len(times) - 1 - ordinary
 
     def run(solver, field, x, times, port, noise, grad, callback, progress, trajectory):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algebra import Lazy, _union
+from ..algebra import Lazy, union
 from ..ops.combine import combine
 
 __all__ = ["SPACES", "check_space", "check_velocity", "prediction", "products", "slope"]
@@ -64,7 +64,7 @@ def products(
     """One launch: the inner products of K combinations, (B, K, K), the first `keep` of them stored in `dtype`, and with
     `sums` the sum of each, (B, K), else nothing, (B, 0). Differentiable; the products are of the combined values,
     deterministic, and a sample's do not depend on its batch."""
-    operands, matrix, field, leading = _union(terms)
+    operands, matrix, field, leading = union(terms)
     result = combine(
         operands,
         matrix,

@@ -13,6 +13,7 @@ evaluates x_next. Without gradients everything goes into buffers allocated once.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,7 @@ from ..algebra import Lazy, evaluate, lazy, noise
 from .buffers import Memory, Packed, Port, Workspace, flatten, unflatten
 from .solver import Solver, time_grid
 
-__all__ = ["Noise", "integrate"]
+__all__ = ["Noise", "finite", "integrate"]
 
 
 class Noise:
@@ -72,6 +73,7 @@ def integrate(
     on_nan: str = "raise",
     out: Tensor | None = None,  # for the last state
     workspace: Workspace | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Any:
     """Run `solver`, or a bare step, along `grid`; return the last state, or all as (steps + 1, B, ...) with
     `trajectory`.
@@ -84,6 +86,7 @@ def integrate(
     callback    called after each step with {"step", "steps", "s", "t", "x", "nfe"}; x is the caller's to keep
     on_nan      "raise": FloatingPointError naming step and samples. "keep": a warning; the other samples are unharmed
     workspace   keeps the run's buffers for the next run of the same shape; with `out` as well, nothing is allocated
+    part        (first, of): these rows are a part of a larger batch, and so are named in reports
 
     The state is looked at once, after the last step: only if it is bad are the steps rerun to find the first bad one,
     so the loop itself never waits for the device. During CUDA graph capture nothing is looked at.
@@ -111,8 +114,8 @@ def integrate(
         if trajectory:
             last = last[-1]
         capturing = last.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and not torch.compiler.is_compiling() and not _finite(last):
-            _report(run, solver, field, x, times, port, draws, on_nan, last)
+        if not capturing and not torch.compiler.is_compiling() and not finite(last):
+            _report(run, solver, field, x, times, port, draws, on_nan, last, part)
         return result
 
 
@@ -291,7 +294,8 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
     return torch.stack(states) if trajectory else here
 
 
-def _finite(x: Tensor) -> bool:
+def finite(x: Tensor) -> bool:
+    """Whether every number is."""
     # A sum propagates inf and NaN; it can also overflow by itself, so only a bad sum is looked at closely.
     return x.numel() == 0 or math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
@@ -300,27 +304,27 @@ class _Found(Exception):
     pass
 
 
-def _report(run, solver, field, x, times, port, draws, on_nan, last):
+def _report(run, solver, field, x, times, port, draws, on_nan, last, part):
     """Raise or warn with the first step after which the state was not finite, and which samples it was."""
-    if not _finite(x):
-        rows = _samples(x)
+    if not finite(x):
+        rows = _samples(x, part)
         raise FloatingPointError(
             f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
         )
-    where, rows = "the last step", _samples(last)
+    where, rows = "the last step", _samples(last, part)
 
     def look(record):
         nonlocal where, rows
-        if not _finite(record["x"]):
+        if not finite(record["x"]):
             steps = record["steps"] or "an adaptive run"
             where = f"step {record['step']} of {steps} (from t = {record['s']:g} to {record['t']:g})"
             if on_nan == "raise":
-                rows = _samples(record["x"])
+                rows = _samples(record["x"], part)
             raise _Found
 
+    if hasattr(field, "begin"):  # a guidance that remembers must not remember the first run
+        field.begin()
     try:
-        if hasattr(field, "begin"):
-            field.begin()
         with torch.no_grad():
             run(solver, field, x, times, port, draws, False, look, False, False)
     except _Found:
@@ -331,12 +335,21 @@ def _report(run, solver, field, x, times, port, draws, on_nan, last):
     )
     if on_nan == "raise":
         raise FloatingPointError(message + '; on_nan="keep" returns the others')
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
 
 
-def _samples(x: Tensor) -> str:
+def _samples(x: Tensor, part: tuple[int, int] | None) -> str:
+    first, of = part or (0, x.shape[0])
     bad = (~x.detach().flatten(1).isfinite().all(1)).nonzero().flatten().tolist() if x.dim() > 1 else []
-    if not bad or len(bad) == x.shape[0]:
+    if not bad or len(bad) == of:
         return "every sample" if x.dim() > 1 else "the samples"
-    shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
-    return f"sample{'s' if len(bad) > 1 else ''} {shown} (of {x.shape[0]})"
+    shown = ", ".join(str(first + k) for k in bad[:8]) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    return f"sample{'s' if len(bad) > 1 else ''} {shown} (of {of})"
+
+
+def _callers_level() -> int:
+    """How far up the first frame outside this package is: a warning names the line that called it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pyflowmap."):
+        level, frame = level + 1, frame.f_back
+    return level

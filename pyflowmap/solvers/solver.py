@@ -10,7 +10,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..algebra import lazy
@@ -139,14 +138,16 @@ def solver(*, order: int | None = None, nfe: int = 1, **known: Any) -> Callable[
 def time_grid(grid: Sequence[float] | Tensor) -> list[float]:
     """`grid` as Python floats, once. Raises unless it is strictly monotone, finite, of two or more times."""
     times: list[float]
-    shape: tuple[int, ...]
     if type(grid) is list and all([type(t) is float for t in grid]):  # noqa: C419  the commonest, in a microsecond
-        times, shape = list(grid), (len(grid),)
+        times = list(grid)
     else:
-        row = grid.detach().double().cpu() if isinstance(grid, Tensor) else torch.as_tensor(grid, dtype=torch.float64)
-        times, shape = row.tolist(), tuple(row.shape)
-    if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"grid has shape {shape}; it is one row of at least two times, e.g. [0.0, 0.5, 1.0]")
+        values = grid.detach().double().cpu().tolist() if isinstance(grid, Tensor) else grid
+        try:
+            times = [float(t) for t in values]
+        except TypeError:
+            times = []
+    if len(times) < 2:
+        raise ValueError(f"grid = {grid}; it is one row of at least two times, e.g. [0.0, 0.5, 1.0]")
     bad = next((t for t in times if not math.isfinite(t)), None)
     if bad is not None:
         raise ValueError(f"grid contains {bad}; times are finite, 0 = noise to 1 = data")

@@ -1,0 +1,100 @@
+"""What a caller says to `sample` and to the editors, checked: solver, grid, the noise or its shape, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import solvers
+from .algebra import evaluate, noise
+from .flow_map import FlowMap
+from .tangents.parts import is_dual
+
+__all__ = ["check_ids", "condition_of", "like_of", "network_dtype", "solver_of", "start", "uniform"]
+
+
+def solver_of(solver: str | Callable) -> solvers.Solver:
+    if isinstance(solver, str):
+        if solver not in solvers.named:
+            raise ValueError(f"solver = {solver!r}; named ones are {', '.join(solvers.named)}, or pass a step function")
+        solver = solvers.named[solver]
+    if isinstance(solver, solvers.Solver):
+        return solver
+    if not callable(solver):
+        raise TypeError(f"solver is {type(solver).__name__}; pass a name or step(velocity, x, s, t, memory)")
+    # A step of one's own may draw noise, so seeds are its own business.
+    return solvers.Solver(solver, getattr(solver, "__name__", "step"), None, 1, stochastic=True)
+
+
+def uniform(steps: int) -> list[float]:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps = {steps!r}; it is a whole number, at least 1")
+    return [k / steps for k in range(steps + 1)]
+
+
+def like_of(model: FlowMap, noise_or_shape: Any) -> Tensor:
+    """The noise, or where a shape is given a tensor of that shape, dtype and device that takes no memory."""
+    if isinstance(noise_or_shape, Tensor):
+        if not noise_or_shape.is_floating_point() or noise_or_shape.dim() == 0:
+            raise TypeError(
+                f"noise has dtype {noise_or_shape.dtype} and shape {tuple(noise_or_shape.shape)}; "
+                "pass a floating-point tensor (B, ...)"
+            )
+        return noise_or_shape
+    if is_dual(noise_or_shape):
+        raise TypeError("the noise is a Dual, which sample does not carry; take its derivative by torch.func.jvp")
+    shape = tuple(noise_or_shape)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) or n < 0 for n in shape):
+        raise ValueError(f"shape = {shape}; pass the noise or a shape of whole numbers, e.g. (16, 1, 28, 28)")
+    parameters = getattr(model.network, "parameters", None)
+    first = next(parameters(), None) if callable(parameters) else None
+    device = first.device if isinstance(first, Tensor) else None
+    return torch.empty((), dtype=torch.float32, device=device).expand(shape)
+
+
+def check_ids(sample_ids: Any, like: Tensor) -> None:
+    if sample_ids is None:
+        return
+    if not isinstance(sample_ids, Tensor) or sample_ids.dtype != torch.int64:
+        shown = sample_ids.dtype if isinstance(sample_ids, Tensor) else type(sample_ids).__name__
+        raise TypeError(f"sample_ids is {shown}; pass an int64 tensor, e.g. torch.arange({like.shape[0]})")
+    if sample_ids.shape != like.shape[:1] or sample_ids.device != like.device:
+        raise ValueError(
+            f"sample_ids has shape {tuple(sample_ids.shape)} on {sample_ids.device}; give one number per sample, "
+            f"({like.shape[0]},) on {like.device}"
+        )
+
+
+def condition_of(condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]:
+    if condition is not None and not isinstance(condition, Mapping):
+        raise TypeError(f'condition is {type(condition).__name__}; pass keywords for the network, e.g. {{"label": y}}')
+    condition = dict(condition or {})
+    for key, value in condition.items():
+        if isinstance(value, Tensor) and value.device != x.device:
+            raise ValueError(f"condition {key!r} is on {value.device} but the noise is on {x.device}; move one of them")
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"condition {key!r} has {value.shape[0]} rows but the noise has {x.shape[0]}; give one row per sample"
+            )
+    return condition
+
+
+def network_dtype(model: FlowMap, x: Tensor) -> torch.dtype | None:
+    """Half precision where the network's parameters are, and no autocast translates; None: as the state."""
+    parameters = getattr(model.network, "parameters", None)
+    first = next(parameters(), None) if callable(parameters) else None
+    kind = first.dtype if isinstance(first, Tensor) else None
+    return kind if kind in (torch.bfloat16, torch.float16) and kind != x.dtype else None
+
+
+def start(model: FlowMap, noise_or_shape: Any, seed: int | Tensor | None, sample_ids: Tensor | None) -> Tensor:
+    """The noise itself, or where a shape is given normal numbers of (seed, sample id)."""
+    like = like_of(model, noise_or_shape)
+    check_ids(sample_ids, like)
+    if isinstance(noise_or_shape, Tensor):
+        return noise_or_shape
+    x = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return evaluate(noise(x, seed=seed, sample_ids=sample_ids), out=x)
