@@ -87,13 +87,20 @@ def counted(solver: solvers.Solver) -> tuple[float, float]:
 
     before, driver.evaluate = driver.evaluate, spy
     try:
-        grid = times("rough", STEPS_COUNTED)
+        # A plan may need the whole path, such as a restart's noise levels.
+        whole = [k / STEPS_COUNTED for k in range(STEPS_COUNTED + 1)]
+        grid = times("rough", STEPS_COUNTED) if solver.plan is None else whole
         solvers.integrate(replace(solver, step=step), field, torch.ones(2, 3), grid, seed=0)
     finally:
         driver.evaluate = before
     steady = steps[len(steps) // 2 : -1]
     launches, passes = (sum(each[i] for each_step in steady for each in each_step) / len(steady) for i in (0, 1))
     return launches, passes
+
+
+def draws(solver: solvers.Solver) -> bool:
+    """Whether it draws noise as its options are; with eta = 0 the SDE solvers do not."""
+    return solver.stochastic and solver.options.get("eta", 1.0) != 0.0
 
 
 def row(solver: solvers.Solver) -> str:
@@ -104,13 +111,13 @@ def row(solver: solvers.Solver) -> str:
     )
     observed, launches, passes = "-", "its own loop", "its own loop"
     if solver.loop is None:
-        if solver.order is not None and not solver.stochastic and solver.takes == "velocity" and solver.plan is None:
+        if solver.order is not None and not draws(solver) and solver.takes == "velocity" and solver.plan is None:
             observed = " / ".join(f"{observed_order(solver, grid):.2f}" for grid in GRIDS)
         launches, passes = (f"{each:.3g}" for each in counted(solver))
     cells = (
         f"`{solver.name}`",
         f"`{options}`" if options else "",
-        solver.takes + (", noise" if solver.stochastic else ""),
+        solver.takes + (", noise" if draws(solver) else ""),
         "-" if solver.order is None else str(solver.order),
         observed,
         str(solver.nfe),

@@ -241,8 +241,8 @@ def dpm_solver_pp_sde(velocity, x, s, t, memory, *, eta=1.0):
 
     each transition s -> m and s -> t with its own S_up and S_down (see `singlestep_coefficients`); z_m and z are parts
     of one Brownian motion in S = (1-t)/t. From t = 0 one transition of order 1, and a step to t = 1 is x' = D, 1 NFE
-    each; elsewhere it is `dpm_solver_pp_2s` at eta = 0. After k-diffusion's sample_dpmpp_sde (Crowson).
-    Not to be confused with SDE-DPM-Solver++(2M), `dpm_solver_pp_2m.using(eta=1.0)`.
+    each; elsewhere it is `dpm_solver_pp_2s` at eta = 0. After k-diffusion's sample_dpmpp_sde, on
+    Lu et al. 2022b, alg. 1. Not to be confused with SDE-DPM-Solver++(2M), `dpm_solver_pp_2m.using(eta=1.0)`.
 
     eta     0: no noise; 1: the ancestral transitions of the reverse diffusion
     """
