@@ -58,7 +58,7 @@ test: $(VENV)/installed  ## every test: CPU, SIMT, and CUDA where there is a GPU
 	$(PY) -m pytest $(ARGS)
 
 bench: $(VENV)/installed  ## bench/results/<machine>.json and docs/benchmarks.md
-	$(PIP) 'diffusers>=0.42'
+	$(PIP) 'diffusers>=0.42' flow_matching
 	@mkdir -p .build
 	$(PY) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-json=.build/bench.json $(ARGS)
 	$(PY) bench/report.py .build/bench.json

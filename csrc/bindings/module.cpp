@@ -33,8 +33,7 @@ PyMethodDef kernels[] = {
      "attention_backward(tensors, scale, causal) -> bool: (q, k, v, dq, dk, dv, mask, lengths, o, do, lse, mu, go, "
      "gdo, gq, gk, gv, gdq, gdk, gdv)"},
     {FASTCALL(dual_linear), "dual_linear(tensors) -> bool: (x, dx, weight, bias, y, dy)"},
-    {FASTCALL(error_norm),
-     "error_norm(tensors, coefficients, rtol, atol) -> bool: (x, y, terms ..., sums, factor)"},
+    {FASTCALL(error_norm), "error_norm(tensors, coefficients, rtol, atol) -> bool: (x, y, terms ..., sums, factor)"},
     {FASTCALL(gated_residual), "gated_residual(tensors) -> bool: (x, gate, h, dx, dgate, dh, y, dy)"},
     {FASTCALL(gated_residual_backward),
      "gated_residual_backward(tensors) -> bool: (h, gate, dgate, dh, gy, gdy, gh, ggate, gdh, gdgate)"},

@@ -21,7 +21,7 @@ constexpr int kMost = ErrorNorm::kMostTerms;
 template <class A> struct Numbers { A c[kMost], rtol, atol; };
 
 // NaN wins, as in torch.maximum.
-template <class A> PFM_INLINE A larger(A a, A b) { return a > b || a != a ? a : b; }
+template <class A> PFM_INLINE A larger(A a, A b) { return a > b || std::isnan(a) ? a : b; }
 
 template <class A, int Terms>
 void ratios(const ErrorNorm&, A* __restrict to, const A* const* k, const A* __restrict x, const A* __restrict y,
