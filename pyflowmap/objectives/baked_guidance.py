@@ -54,11 +54,18 @@ class baked_guidance:
         cfg(self.omega, null=self.null, interval=self.interval)  # checks them
 
     def __call__(
-        self, flow_map: FlowMap, x: Tensor, s: Tensor, velocity: Tensor, condition: dict[str, Any], seed: int | None
+        self,
+        flow_map: FlowMap,
+        x: Tensor,
+        s: Tensor,
+        velocity: Tensor,
+        condition: dict[str, Any],
+        seed: int | None,
+        sample_ids: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(b_g, the condition with rows dropped)."""
         null = without(condition, self.null)
-        dropped = uniform(s, seed=None if seed is None else seed + 2) < self.drop
+        dropped = uniform(s, seed=None if seed is None else seed + 2, sample_ids=sample_ids) < self.drop
         kept = self._dropped(condition, null, dropped) if self.drop > 0.0 else condition
         guided = ~dropped
         if self.interval is not None:

@@ -1,16 +1,122 @@
-"""What objectives do with a batch: check it, and split it into rows that learn different things."""
+"""What objectives do with a batch: check it, draw its path, and split it into rows that learn different things."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..algebra import inner, lazy
 from ..flow_map import FlowMap
+from .loss import Loss
 
-__all__ = ["check_inputs", "check_share", "pairs_of", "rows_of", "whole"]
+__all__ = ["Batch", "check_inputs", "check_share", "draw_pairs", "draw_path", "flow_matching_error", "loss_of", "whole"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Points of the path with their velocity and times; the first `equal` rows have t = s."""
+
+    x: Tensor  # (B, ...) x_s
+    velocity: Tensor  # (B, ...) dx_s/ds
+    s: Tensor  # (B,)
+    t: Tensor  # (B,)
+    condition: dict[str, Any]
+    equal: int
+    sample_ids: Tensor | None = None  # (B,)
+
+    def __len__(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Elements of a sample."""
+        return self.x[0].numel()
+
+    @property
+    def near(self) -> Batch | None:
+        """The rows of plain flow matching, t = s."""
+        return self._rows(0, self.equal) if self.equal > 0 else None
+
+    @property
+    def far(self) -> Batch | None:
+        """The rows that learn a jump."""
+        return self._rows(self.equal, len(self)) if self.equal < len(self) else None
+
+    def _rows(self, start: int, stop: int) -> Batch:
+        if (start, stop) == (0, len(self)):
+            return self
+        return Batch(
+            self.x[start:stop],
+            self.velocity[start:stop],
+            self.s[start:stop],
+            self.t[start:stop],
+            rows_of(self.condition, len(self), start, stop),
+            min(max(self.equal - start, 0), stop - start),
+            None if self.sample_ids is None else self.sample_ids[start:stop],
+        )
+
+
+def draw_pairs(
+    flow_map: FlowMap,
+    x1: Tensor,
+    x0: Tensor | None,
+    condition: Mapping[str, Any] | None,
+    times: Callable,
+    equal: float,
+    seed: int | None,
+    sample_ids: Tensor | None,
+) -> Batch:
+    """A batch with pairs of times, of which an expected share `equal` has t = s."""
+    rows = x1.shape[0]
+    n = whole(equal * rows, rows, seed)
+    drawn = times(x1, **_seeded(seed, sample_ids))
+    if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
+        drawn = drawn.unbind(0)
+    pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
+    if not pair or not all(isinstance(t, Tensor) and t.shape[:1] == x1.shape[:1] for t in drawn):
+        shown = " and ".join(_shown(t) for t in drawn) if isinstance(drawn, (tuple, list)) else _shown(drawn)
+        raise ValueError(
+            f"times gave {shown}; here it is a law of pairs, two tensors ({x1.shape[0]},), e.g. pfm.times.uniform_pair"
+        )
+    s, t = drawn
+    t = torch.cat([s[:n], t[n:]])
+    x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed, sample_ids=sample_ids)
+    return Batch(x, velocity, s, t, dict(condition or {}), n, sample_ids)
+
+
+def draw_path(
+    flow_map: FlowMap,
+    x1: Tensor,
+    x0: Tensor | None,
+    condition: Mapping[str, Any] | None,
+    times: Callable,
+    seed: int | None,
+    sample_ids: Tensor | None,
+) -> Batch:
+    """A batch with one time per row: all of it is flow matching."""
+    t = times(x1, **_seeded(seed, sample_ids))
+    if isinstance(t, (tuple, list)):
+        raise ValueError(f"times gave {len(t)} times; this takes a law of one, e.g. pfm.times.uniform")
+    x, velocity = flow_map.interpolant.draw(x1, t, x0=x0, seed=seed, sample_ids=sample_ids)
+    return Batch(x, velocity, t, t, dict(condition or {}), x1.shape[0], sample_ids)
+
+
+def flow_matching_error(flow_map: FlowMap, batch: Batch) -> Tensor:
+    """|| v_s(x_s) - dx_s/ds ||^2, the sum over a sample, (B,)."""
+    output = flow_map.output(batch.x, batch.s, batch.t, batch.condition)
+    return inner(flow_map.as_velocity(output, batch.x, batch.s) - lazy(batch.velocity))
+
+
+def loss_of(batch: Batch, weight: Callable, **errors: Tensor | None) -> Loss:
+    """The loss of errors (sums of squares) named in the order of the rows; None where no row has that part."""
+    parts = {name: error for name, error in errors.items() if error is not None}
+    error = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
+    shown = {name: part.detach().mean() / batch.size for name, part in parts.items()}
+    return Loss(weight(error, s=batch.s, t=batch.t, size=batch.size), error.detach() / batch.size, shown)
 
 
 def check_inputs(
@@ -38,20 +144,6 @@ def check_share(share: float, name: str) -> None:
         raise ValueError(f"{name} = {share}; it is a share of the batch, e.g. 0.75")
 
 
-def pairs_of(times: Callable, x1: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-    """(s, t) as the law `times` draws them, a row each."""
-    drawn = times(x1) if seed is None else times(x1, seed=seed)
-    if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
-        drawn = drawn.unbind(0)
-    pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
-    if not pair or not all(isinstance(t, Tensor) and t.shape[:1] == x1.shape[:1] for t in drawn):
-        shown = " and ".join(_shown(t) for t in drawn) if isinstance(drawn, (tuple, list)) else _shown(drawn)
-        raise ValueError(
-            f"times gave {shown}; here it is a law of pairs, two tensors ({x1.shape[0]},), e.g. pfm.times.uniform_pair"
-        )
-    return drawn[0], drawn[1]
-
-
 def rows_of(condition: Mapping[str, Any], rows: int, start: int, stop: int) -> dict[str, Any]:
     """The condition of rows start to stop of `rows`; what has no row per sample is shared."""
     return {
@@ -76,6 +168,14 @@ def whole(expected: float, rows: int, seed: int | None) -> int:
         return min(max(int(expected + 0.5), 1), rows - 1)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return low + int(torch.rand((), generator=generator).item() < expected - low)
+
+
+def _seeded(seed: int | None, sample_ids: Tensor | None) -> dict[str, Any]:
+    """The keywords that a law of times is called with: only what was given, so that a law of one's own needs none."""
+    if sample_ids is not None and seed is None:
+        raise ValueError("sample_ids need a seed: what is drawn depends on (seed, sample id); pass seed=")
+    given = {"seed": seed, "sample_ids": sample_ids}
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _shown(x: Any) -> str:

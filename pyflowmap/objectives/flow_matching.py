@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .. import times as time_laws
 from .. import weights
-from ..algebra import inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_inputs
+from .batch import check_inputs, draw_path, flow_matching_error, loss_of
 from .loss import Loss
 
 __all__ = ["flow_matching"]
@@ -28,11 +27,12 @@ def flow_matching(
     times: Callable[..., Tensor] = time_laws.uniform,
     weight: Callable = _mean_square,
     seed: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Loss:
     """L = E_t || v_t(x_t) - (alpha' x1 + sigma' x0) ||^2,  x_t = alpha x1 + sigma x0.
 
     Lipman et al. 2023, eq. 9; the diagonal term of every flow-map objective. One network evaluation. `times(x1)` gives
-    t (B,); it is called with `seed=` where a seed is given, as is the noise.
+    t (B,). With a seed, times and noise of a row depend on (seed, sample id) alone, not on the batch it is in.
 
     >>> import torch
     >>> exact = FlowMap(lambda x, t: (x - 0) / t[:, None], prediction="velocity")   # data x1, noise fixed at 0
@@ -41,12 +41,5 @@ def flow_matching(
     True
     """
     check_inputs(flow_map, x1, x0, weight)
-    t = times(x1) if seed is None else times(x1, seed=seed)
-    if isinstance(t, (tuple, list)):
-        raise ValueError(f"times gave {len(t)} times; flow matching takes a law of one, e.g. pfm.times.uniform")
-    x, velocity = flow_map.interpolant.draw(x1, t, x0=x0, seed=seed)
-    output = flow_map.output(x, t, t, condition or {})
-    error = inner(flow_map.as_velocity(output, x, t) - lazy(velocity))
-    size = x1[0].numel()
-    raw = error.detach() / size
-    return Loss(weight(error, s=t, t=t, size=size), raw, {"flow_matching": raw.mean()})
+    batch = draw_path(flow_map, x1, x0, condition, times, seed, sample_ids)
+    return loss_of(batch, weight, flow_matching=flow_matching_error(flow_map, batch))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import times as time_laws
 from .. import weights
 from ..algebra import Lazy, evaluate, inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_inputs, check_share, pairs_of, rows_of, whole
+from .batch import Batch, check_inputs, check_share, draw_pairs, flow_matching_error, loss_of
 from .derivative import mean_velocity_jvp, require_mean_velocity
 from .loss import Loss, frozen_teacher
 
@@ -34,6 +33,7 @@ def lagrangian(
     differentiate_tangent: bool = True,
     as_tensor: bool = False,
     seed: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Loss:
     """Flow matching on the diagonal and d/dt X_{s,t} = v_t(X_{s,t}) off it, in one run from scratch.
 
@@ -65,41 +65,34 @@ def lagrangian(
     check_inputs(flow_map, x1, x0, weight, teacher)
     check_share(diagonal, "diagonal")
     require_mean_velocity(flow_map, "lagrangian")
-    condition = dict(condition or {})
-    rows, size = x1.shape[0], x1[0].numel()
-    n = whole(diagonal * rows, rows, seed)
+    batch = draw_pairs(flow_map, x1, x0, condition, times, diagonal, seed, sample_ids)
+    near, far = batch.near, batch.far
+    return loss_of(
+        batch,
+        weight,
+        flow_matching=None if near is None else flow_matching_error(flow_map, near),
+        lagrangian=None
+        if far is None
+        else _error(flow_map, teacher or flow_map, far, differentiate_tangent, as_tensor),
+    )
 
-    s, t = pairs_of(times, x1, seed)
-    t = torch.cat([s[:n], t[n:]])
-    x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
 
-    errors = []
-    if n > 0:
-        output = flow_map.output(x[:n], s[:n], t[:n], rows_of(condition, rows, 0, n))
-        errors.append(inner(flow_map.as_mean_velocity(output, x[:n], s[:n], t[:n]) - lazy(velocity[:n])))
-    if n < rows:
-        far, start, end, given = x[n:], s[n:], t[n:], rows_of(condition, rows, n, rows)
-        span = end - start
-        u, du = mean_velocity_jvp(
-            flow_map,
-            far,
-            start,
-            end,
-            (None, None, 1.0),
-            given,
-            track_tangent=differentiate_tangent,
-            as_tensor=as_tensor,
-        )
-        target = _velocity_there(teacher or flow_map, lazy(far) + span * u.detach(), end, given)
-        motion = span * du
-        errors.append(inner(u + motion - target if differentiate_tangent else u - (target - motion).detach()))
-    error = torch.cat(errors)
-
-    raw = error.detach() / size
-    parts = {"flow_matching": raw[:n].mean()} if n > 0 else {}
-    if n < rows:
-        parts["lagrangian"] = raw[n:].mean()
-    return Loss(weight(error, s=s, t=t, size=size), raw, parts)
+def _error(flow_map: FlowMap, teacher: FlowMap, far: Batch, differentiate_tangent: bool, as_tensor: bool) -> Tensor:
+    """|| u + (t-s) d/dt u - sg[ v_t(X_{s,t}) ] ||^2, (B,)."""
+    span = far.t - far.s
+    u, du = mean_velocity_jvp(
+        flow_map,
+        far.x,
+        far.s,
+        far.t,
+        (None, None, 1.0),
+        far.condition,
+        track_tangent=differentiate_tangent,
+        as_tensor=as_tensor,
+    )
+    target = _velocity_there(teacher, lazy(far.x) + span * u.detach(), far.t, far.condition)
+    motion = span * du
+    return inner(u + motion - target if differentiate_tangent else u - (target - motion).detach())
 
 
 def _velocity_there(teacher: FlowMap, jump: Lazy, t: Tensor, condition: dict) -> Lazy:

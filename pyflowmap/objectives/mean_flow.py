@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import times as time_laws
@@ -14,7 +14,7 @@ from .. import weights
 from ..algebra import inner, lazy
 from ..flow_map import FlowMap
 from .baked_guidance import baked_guidance
-from .batch import check_inputs, check_share, pairs_of, rows_of, whole
+from .batch import Batch, check_inputs, check_share, draw_pairs, flow_matching_error, loss_of
 from .derivative import mean_velocity_jvp, require_mean_velocity
 from .loss import Loss
 
@@ -36,6 +36,7 @@ def mean_flow(
     guidance: baked_guidance | None = None,
     as_tensor: bool = False,
     seed: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Loss:
     """Regress the mean velocity on the identity u_{s,t} = v_s + (t-s) D_s u_{s,t}, D_s the derivative along the flow:
 
@@ -70,29 +71,21 @@ def mean_flow(
             f"guidance is {type(guidance).__name__}; what is trained into a network is "
             'pfm.objectives.baked_guidance(2.0, null={"label": 10})'
         )
-    condition = dict(condition or {})
-    rows, size = x1.shape[0], x1[0].numel()
-    n = whole(equal * rows, rows, seed)
-
-    s, t = pairs_of(times, x1, seed)
-    t = torch.cat([s[:n], t[n:]])
-    x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
+    batch = draw_pairs(flow_map, x1, x0, condition, times, equal, seed, sample_ids)
     if guidance is not None:
-        velocity, condition = guidance(flow_map, x, s, velocity, condition, seed)
+        velocity, given = guidance(flow_map, batch.x, batch.s, batch.velocity, batch.condition, seed, sample_ids)
+        batch = replace(batch, velocity=velocity, condition=given)
+    near, far = batch.near, batch.far
+    return loss_of(
+        batch,
+        weight,
+        flow_matching=None if near is None else flow_matching_error(flow_map, near),
+        mean_flow=None if far is None else _error(flow_map, far, as_tensor),
+    )
 
-    errors = []
-    if n > 0:
-        output = flow_map.output(x[:n], s[:n], t[:n], rows_of(condition, rows, 0, n))
-        errors.append(inner(flow_map.as_mean_velocity(output, x[:n], s[:n], t[:n]) - lazy(velocity[:n])))
-    if n < rows:
-        far, start, end, b = x[n:], s[n:], t[n:], velocity[n:]
-        given = rows_of(condition, rows, n, rows)
-        u, du = mean_velocity_jvp(flow_map, far, start, end, (b, 1.0, None), given, as_tensor=as_tensor)
-        errors.append(inner(u - (lazy(b) + (end - start) * du).detach()))
-    error = torch.cat(errors)
 
-    raw = error.detach() / size
-    parts = {"flow_matching": raw[:n].mean()} if n > 0 else {}
-    if n < rows:
-        parts["mean_flow"] = raw[n:].mean()
-    return Loss(weight(error, s=s, t=t, size=size), raw, parts)
+def _error(flow_map: FlowMap, far: Batch, as_tensor: bool) -> Tensor:
+    """|| u - sg[ b + (t-s) (d/ds u + (du/dx) b) ] ||^2, (B,)."""
+    b = far.velocity
+    u, du = mean_velocity_jvp(flow_map, far.x, far.s, far.t, (b, 1.0, None), far.condition, as_tensor=as_tensor)
+    return inner(u - (lazy(b) + (far.t - far.s) * du).detach())

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import times as time_laws
 from .. import weights
 from ..algebra import evaluate, inner, lazy
 from ..flow_map import FlowMap
-from .batch import check_inputs, check_share, pairs_of, rows_of, whole
+from .batch import Batch, check_inputs, check_share, draw_pairs, loss_of
 from .loss import Loss, frozen_teacher
 
 __all__ = ["progressive"]
@@ -32,6 +31,7 @@ def progressive(
     diagonal: float = 0.75,
     split: str = "midpoint",
     seed: int | None = None,
+    sample_ids: Tensor | None = None,
 ) -> Loss:
     """Flow matching on the diagonal and the semigroup X_{s,t} = X_{r,t} o X_{s,r} off it, in one run from scratch.
 
@@ -54,42 +54,32 @@ def progressive(
     if split not in ("midpoint", "uniform"):
         raise ValueError(f'split = {split!r}; it is "midpoint" (PSD-M) or "uniform" (PSD-U)')
     check_share(diagonal, "diagonal")
-    condition = dict(condition or {})
-    rows, size = x1.shape[0], x1[0].numel()
-    n = whole(diagonal * rows, rows, seed)
+    batch = draw_pairs(flow_map, x1, x0, condition, times, diagonal, seed, sample_ids)
+    output = flow_map.output(batch.x, batch.s, batch.t, batch.condition)
 
-    s, t = pairs_of(times, x1, seed)
-    t = torch.cat([s[:n], t[n:]])
-    x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed)
-    output = flow_map.output(x, s, t, condition)
-
-    errors = []
-    if n > 0:
-        u = flow_map.as_mean_velocity(output[:n], x[:n], s[:n], t[:n])
-        errors.append(inner(u - lazy(velocity[:n])))
-    if n < rows:
-        target = _target(teacher or flow_map, x[n:], s[n:], t[n:], rows_of(condition, rows, n, rows), split, seed)
-        u = flow_map.as_mean_velocity(output[n:], x[n:], s[n:], t[n:])
-        errors.append(inner(u - lazy(target)))
-    error = torch.cat(errors)
-
-    raw = error.detach() / size
-    parts = {"flow_matching": raw[:n].mean()} if n > 0 else {}
-    if n < rows:
-        parts["progressive"] = raw[n:].mean()
-    return Loss(weight(error, s=s, t=t, size=size), raw, parts)
+    errors = {}
+    for name, rows, part in (
+        ("flow_matching", batch.near, output[: batch.equal]),
+        ("progressive", batch.far, output[batch.equal :]),
+    ):
+        if rows is not None:
+            u = flow_map.as_mean_velocity(part, rows.x, rows.s, rows.t)
+            target = rows.velocity if rows.equal else _target(teacher or flow_map, rows, split, seed)
+            errors[name] = inner(u - lazy(target))
+    return loss_of(batch, weight, **errors)
 
 
-def _target(teacher: FlowMap, x: Tensor, s: Tensor, t: Tensor, condition: dict, split: str, seed: int | None) -> Tensor:
+def _target(teacher: FlowMap, far: Batch, split: str, seed: int | None) -> Tensor:
     """(1-g) u_{s,r}(x) + g u_{r,t}(X_{s,r}(x)), without gradient."""
+    x, s, t = far.x, far.s, far.t
     with frozen_teacher(teacher.network):
         g: float | Tensor = 0.5
         if split == "uniform":
-            g = time_laws.uniform(x, seed=None if seed is None else seed + 1)
+            g = time_laws.uniform(x, seed=None if seed is None else seed + 1, sample_ids=far.sample_ids)
         r = g * s + (1.0 - g) * t
-        first = teacher.output(x, s, r, condition)
+        first = teacher.output(x, s, r, far.condition)
         middle = evaluate(teacher.as_jump(first, x, s, r))
-        second = teacher.output(middle, r, t, condition)
+        second = teacher.output(middle, r, t, far.condition)
         return evaluate(
             (1.0 - g) * teacher.as_mean_velocity(first, x, s, r) + g * teacher.as_mean_velocity(second, middle, r, t)
         )
