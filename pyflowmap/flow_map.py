@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,10 +13,14 @@ from torch import Tensor
 from . import calls
 from .algebra import Lazy, evaluate, lazy
 from .interpolants import Interpolant, Linear, check_time
-from .predictions import PREDICTIONS, jump_coefficients, mean_velocity_coefficients, velocity_coefficients
+from .predictions import PREDICTIONS, jump_coefficients, leading, mean_velocity_coefficients, velocity_coefficients
 from .tangents.parts import is_dual
 
 __all__ = ["FlowMap"]
+
+
+_OF_MODULES = ("eval", "train", "to", "cuda", "half", "bfloat16", "float", "double", "parameters", "named_parameters",
+               "state_dict", "load_state_dict", "requires_grad_", "modules", "compile")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,22 @@ class FlowMap:
             call.check(self.prediction, self.interpolant)
         object.__setattr__(self, "call", call)
 
+    def __repr__(self) -> str:
+        call = getattr(self.call, "name", None) or getattr(self.call, "__name__", type(self.call).__name__)
+        network = getattr(self.network, "__name__", type(self.network).__name__)
+        return f"FlowMap({network}, prediction={self.prediction!r}, interpolant={self.interpolant!r}, call={call!r})"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(
+            "a FlowMap is a view of a network: ask .jump(x, s, t), .mean_velocity(x, s, t) or .velocity(x, t), or call "
+            ".network"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in _OF_MODULES:
+            raise AttributeError(f"a FlowMap is a view of a network, not a Module; use flow_map.network.{name}")
+        raise AttributeError(f"'FlowMap' object has no attribute {name!r}")
+
     # ---- what one asks of it: tensors ---------------------------------------------------------------------------
 
     def jump(self, x: Tensor, s: float | Tensor, t: float | Tensor, **condition) -> Tensor:
@@ -101,7 +121,8 @@ class FlowMap:
 
     def output(self, x: Tensor, s, t, condition: Mapping[str, Any] = {}) -> Tensor:
         """The network's own prediction at (x, s, t). Float times become (B,) float32 tensors."""
-        output = self.call(self.network, x, _time_tensor(s, x), _time_tensor(t, x), condition)
+        s, t = leading(_time_tensor(s, x), _time_tensor(t, x))
+        output = self.call(self.network, x, s, t, condition)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for a state of shape {tuple(x.shape)}; "

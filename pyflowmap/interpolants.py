@@ -18,16 +18,26 @@ from .algebra import Lazy, evaluate, lazy, noise
 __all__ = ["Interpolant", "Linear", "Trigonometric", "VariancePreserving", "check_time"]
 
 
+_SLACK = 1e-2  # beyond the ends, for rounded times and for differences
+
+
+def _cure(t: float) -> str:
+    return "; a network that wants 0 to 1000 gets it from call=" if t > 2.0 else ""
+
+
 def check_time(t: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
     """Return `t` as a float or as a tensor of the leading dimensions of `x`; raise where it is neither.
 
-    NaN is looked for in floats and in CPU tensors. A CUDA tensor is not read, because reading it would make the
-    host wait for the device; a NaN time there shows as a NaN state, which `pfm.sample` reports.
+    NaN, and times outside [0, 1] by more than 0.01, are looked for in floats and in CPU tensors. A CUDA tensor is not
+    read, because reading it would make the host wait for the device; a NaN time there shows as a NaN state, which
+    `pfm.sample` reports.
     """
     if not isinstance(t, Tensor):
         value = float(t)
         if not math.isfinite(value):
             raise ValueError(f"{name} = {value} is not a time; pass a finite number, 0 = noise to 1 = data")
+        if not -_SLACK <= value <= 1.0 + _SLACK:
+            raise ValueError(f"{name} = {value:g}; times run from 0 = noise to 1 = data{_cure(value)}")
         return value
     if t.shape != x.shape[: t.dim()] or t.dim() > x.dim():
         raise ValueError(
@@ -40,8 +50,13 @@ def check_time(t: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
         raise ValueError(f"{name} is on {t.device} but the state is on {x.device}; use {name}.to({str(x.device)!r})")
     readable = type(t) is Tensor and t.device.type == "cpu" and not torch.compiler.is_compiling()
     # A value under functorch (vmap, jvp) cannot steer Python.
-    if readable and not torch._C._functorch.is_functorch_wrapped_tensor(t) and bool(t.isnan().any()):
-        raise ValueError(f"{name} contains NaN; times are finite, 0 = noise to 1 = data")
+    if readable and not torch._C._functorch.is_functorch_wrapped_tensor(t) and t.numel() > 0:
+        low, high = (end.item() for end in t.detach().aminmax())
+        if not (low >= -_SLACK and high <= 1.0 + _SLACK):
+            if math.isnan(low):
+                raise ValueError(f"{name} contains NaN; times are finite, 0 = noise to 1 = data")
+            bad = low if low < -_SLACK else high
+            raise ValueError(f"{name} contains {bad:g}; times run from 0 = noise to 1 = data{_cure(bad)}")
     return t
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import solvers
 from .algebra import evaluate, inner, lazy, noise
-from .arguments import condition_of, network_dtype, solver_of, uniform
+from .arguments import check_ids, check_model, check_seed, condition_of, network_dtype, solver_of, uniform
 from .flow_map import FlowMap
 from .solvers import Port
 from .tangents import jvp
@@ -49,7 +50,8 @@ def log_likelihood(
     One solver integrates both, as one state of d + 1 numbers. Chen et al. 2018, eq. 8; Grathwohl et al. 2019 (FFJORD),
     eq. 8, for the divergence: mean over probes e of <e, (dv/dx) e>, each one `pfm.jvp`, 2 forward passes.
 
-    solver        a name in `pyflowmap.solvers.named` that takes a velocity and draws no noise, or such a solver or step
+    solver        one that takes a velocity and draws no noise: a name in `pyflowmap.solvers.named`, a solver, a step.
+                  One that controls its error does so for the whole batch
     probes        random directions per sample, drawn once and kept along the way; the estimate of log p is unbiased up
                   to the solver's error, with a variance that falls as 1/probes
     distribution  of the probes: "rademacher" (signs) or "gaussian", which has the larger variance
@@ -69,10 +71,9 @@ def log_likelihood(
     >>> log_likelihood(shift, torch.ones(1, 2), exact=True)  # the noise moved by 1: log N(0; 0, I)
     tensor([-1.8379])
     """
-    if not isinstance(model, FlowMap):
-        raise TypeError(
-            f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
-        )
+    check_model(model)
+    check_seed(seed)
+    check_ids(sample_ids, seed, x1)
     if not isinstance(x1, Tensor) or not x1.is_floating_point() or x1.dim() < 2:
         shown = f"dtype {x1.dtype}, shape {tuple(x1.shape)}" if isinstance(x1, Tensor) else type(x1).__name__
         raise TypeError(
@@ -82,6 +83,8 @@ def log_likelihood(
     if chosen.takes != "velocity" or (chosen.stochastic and isinstance(solver, (str, solvers.Solver))):
         why = "takes a jump" if chosen.takes != "velocity" else "draws noise"
         raise ValueError(f'solver = "{chosen.name}" {why}; a density needs a deterministic ODE solver, e.g. "heun"')
+    if "control" in chosen.options:
+        chosen = chosen.using(control="batch")  # one time for all: the network is asked at one
     if exact and (probes != 1 or seed is not None or sample_ids is not None or distribution != "rademacher"):
         raise ValueError("exact=True draws no probes; leave out probes, distribution, seed and sample_ids")
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
@@ -97,6 +100,10 @@ def log_likelihood(
     start = torch.cat([x1.flatten(1), x1.new_zeros(x1.shape[0], 1)], 1)
     port = Port(singular=view.port.singular)
     end = solvers.integrate(chosen, divergence, start, times, port=port, grad=grad)
+    if isinstance(end, solvers.Adaptive):
+        if (missing := end.explain(view.model_time)) is not None:
+            warnings.warn(missing, RuntimeWarning, stacklevel=2)
+        end = end.x
     with torch.set_grad_enabled(bool(grad) and torch.is_grad_enabled()):
         dims, deviation = end.shape[1] - 1, 1.0 - times[-1]
         squares = inner(end[:, :dims]) / deviation**2
@@ -130,9 +137,9 @@ def _times(view: View, grid: Sequence[float] | Tensor) -> list[float]:
     if outside is not None:
         raise ValueError(f"grid contains {outside:g}; times lie in [0, 1], 0 = noise to 1 = data")
     times = [view.linear_time(r) for r in own]
-    if times[0] < 1.0 - REACH:
+    if own[0] < 1.0 - REACH:
         raise ValueError(f"grid reaches t = {own[0]:g}, not the data end; a likelihood of data needs one up to 1")
-    if times[-1] > REACH:
+    if own[-1] > REACH:
         raise ValueError(f"grid begins at t = {own[-1]:g}, not the noise end; the prior is known at 0 alone")
     if times[0] in view.port.singular:
         raise ValueError(

@@ -49,6 +49,16 @@ def _divide(numerator, denominator, prediction: str, t):
     return numerator / denominator
 
 
+def leading(s, t) -> Pair:
+    """Two times of leading dimensions, (B,) and (B, F), say, brought to one number of dimensions: torch itself would
+    align the last ones, and be silently wrong where B = F."""
+    if isinstance(s, Tensor) and isinstance(t, Tensor) and s.dim() != t.dim() and min(s.dim(), t.dim()) > 0:
+        dims = max(s.dim(), t.dim())
+        s, t = (each.reshape(*each.shape, *(1,) * (dims - each.dim())) for each in (s, t))
+        return tuple(torch.broadcast_tensors(s, t))
+    return s, t
+
+
 def velocity_coefficients(prediction: str, path: Interpolant, t) -> Pair:
     """(c_x, c_p) with v = c_x x + c_p P at time t."""
     if prediction in ("velocity", "mean_velocity"):
@@ -95,6 +105,7 @@ def linear_velocity_coefficients(prediction: str, path: Interpolant, t) -> Pair:
 
 def jump_coefficients(prediction: str, path: Interpolant, s, t) -> Pair:
     """(c_x, c_p) with X_{s,t}(x) = c_x x + c_p P."""
+    s, t = leading(s, t)
     if prediction in ("velocity", "mean_velocity"):
         return 1.0, t - s
     if prediction == "data" and isinstance(path, Linear):
@@ -123,10 +134,12 @@ def mean_velocity_coefficients(prediction: str, path: Interpolant, s, t) -> Pair
             return velocity_coefficients(prediction, path, s)
         c_x, c_p = jump_coefficients(prediction, path, s, t)
         return (c_x - 1.0) / (t - s), c_p / (t - s)
-    s, t = torch.broadcast_tensors(torch.as_tensor(s), torch.as_tensor(t))
+    s, t = torch.broadcast_tensors(*leading(torch.as_tensor(s), torch.as_tensor(t)))
+    dtype = torch.promote_types(s.dtype, t.dtype)
+    s, t = s.double(), t.double()  # c_x - 1 cancels: in float32 a short span would lose its digits
     still = s == t
     span = torch.where(still, torch.ones_like(s), t - s)  # where's gradient is NaN if the unused branch divides by 0
     c_x, c_p = jump_coefficients(prediction, path, s, t)
     v_x, v_p = velocity_coefficients(prediction, path, s)
     pick: Callable = lambda v, u: torch.where(still, torch.as_tensor(v, dtype=u.dtype), u)  # noqa: E731
-    return pick(v_x, (c_x - 1.0) / span), pick(v_p, c_p / span)
+    return pick(v_x, (c_x - 1.0) / span).to(dtype), pick(v_p, c_p / span).to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import chunks, graphs, solvers
 from .algebra import evaluate, lazy, noise
-from .arguments import check_ids, condition_of, like_of, network_dtype, solver_of, uniform
+from .arguments import check_ids, check_model, check_seed, condition_of, like_of, network_dtype, solver_of, uniform
 from .flow_map import FlowMap
 from .guidance import Guidance
 from .view import View
@@ -60,8 +60,8 @@ def sample(
     cuda_graph capture the whole loop at the first call and replay it at later ones like it; see `pyflowmap.graphs`
     nfe        the budget; ValueError where the solver cannot spend exactly that. Both conditions of a guidance count as
                one
-    dtype      by default that of the network's parameters where they are half precision, else the noise's. The state
-               and the solver's arithmetic stay in the dtype of the noise
+    dtype      what the network is given; by default that of its parameters. The state and the solver's arithmetic stay
+               in the dtype of the noise
     on_nan     "raise", or "keep": warn, and return the samples that are unharmed with the others
     chunk      run this many rows after one another: the same samples, in less memory
     memory_limit  the same, in as many rows as fit into what this call may allocate, its result included; measured, not
@@ -75,10 +75,8 @@ def sample(
     >>> sample(fm, torch.zeros(2, 3), steps=4)[0]
     tensor([1., 1., 1.])
     """
-    if not isinstance(model, FlowMap):
-        raise TypeError(
-            f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
-        )
+    check_model(model)
+    check_seed(seed)
     chosen = solver_of(solver)
     times = _times(chosen, steps, grid, nfe)
     given = isinstance(noise_or_shape, Tensor)
@@ -89,7 +87,7 @@ def sample(
             f"{which} = {seed if seed is not None else '...'} with the noise given; {chosen.name} draws none, so seeds "
             "and sample ids go with a shape only"
         )
-    check_ids(sample_ids, like)
+    check_ids(sample_ids, seed, like)
     if nfe is not None and isinstance(guidance, Guidance) and (idle := guidance.idle(times)):
         raise ValueError(
             f"nfe = {nfe} can't be met: the guidance leaves out {idle} of {len(times) - 1} steps; pass steps"
@@ -103,8 +101,16 @@ def sample(
         guidance.check(chosen, grad)
     if not grad and like.requires_grad and _under_func_grad(like):
         raise ValueError("torch.func.grad of sample with grad=False would be zero; pass grad=True, or noise.detach()")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype = {dtype}; the network is given floating-point numbers, e.g. torch.bfloat16")
+    if not given and times[0] == 1.0:
+        raise ValueError(
+            f"grid begins at t = 1, the data end, and noise of shape {tuple(like.shape)} would be drawn; pass the data"
+        )
+    if grad and not torch.is_grad_enabled():
+        raise ValueError(f"grad={grad!r} under torch.no_grad() or inference_mode records nothing; leave that block")
+    if grad and isinstance(grid, Tensor) and grid.requires_grad:
+        raise ValueError("grid requires grad, but times are numbers to a solver; pass grid.detach()")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype = {dtype!r}; the network is given floating-point numbers, e.g. torch.bfloat16")
     parts = chunk is not None or memory_limit is not None
     if seed is None and (not given or (chosen.stochastic and (parts or cuda_graph))):
         seed = _draw_seed(like)

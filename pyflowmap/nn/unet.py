@@ -143,7 +143,7 @@ class UNet(nn.Module):
         e = self.embedding(s, t, label)
         h = (x - start * self.mean) / spread(start, self.std.square().mean().sqrt())
         h = pixel_unshuffle(h, self.config.patch).contiguous(memory_format=torch.channels_last)
-        h = self.first(h)
+        h = self.first(h.to(self.first.weight.dtype))  # times are float32, so this may be wider than the network
         skips = [h]
         for layer in self.down:
             h = layer(h, e) if isinstance(layer, _Block) else layer(h)
@@ -155,4 +155,5 @@ class UNet(nn.Module):
             else:
                 h = layer(interpolate(h, scale_factor=2.0, mode="nearest"))
         residual = pixel_shuffle(self.last(silu(self.norm(h))), self.config.patch).contiguous()
-        return gaussian_mean_velocity(x, start, end, self.mean, self.std) + self.std * residual
+        result = gaussian_mean_velocity(x, start, end, self.mean, self.std) + self.std * residual
+        return result.to(x.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..algebra import inner, lazy
 from ..flow_map import FlowMap
@@ -54,7 +55,7 @@ class Batch:
             self.velocity[start:stop],
             self.s[start:stop],
             self.t[start:stop],
-            rows_of(self.condition, len(self), start, stop),
+            rows_of(self.condition, start, stop),
             min(max(self.equal - start, 0), stop - start),
             None if self.sample_ids is None else self.sample_ids[start:stop],
         )
@@ -73,6 +74,7 @@ def draw_pairs(
     """A batch with pairs of times, of which an expected share `equal` has t = s."""
     rows = x1.shape[0]
     n = whole(equal * rows, rows, seed)
+    _check_law(times, "pfm.times.uniform_pair")
     drawn = times(x1, **_seeded(seed, sample_ids))
     if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
         drawn = drawn.unbind(0)
@@ -85,7 +87,7 @@ def draw_pairs(
     s, t = drawn
     t = torch.cat([s[:n], t[n:]])
     x, velocity = flow_map.interpolant.draw(x1, s, x0=x0, seed=seed, sample_ids=sample_ids)
-    return Batch(x, velocity, s, t, dict(condition or {}), n, sample_ids)
+    return Batch(x, velocity, s, t, condition_of(condition, x1.shape[0]), n, sample_ids)
 
 
 def draw_path(
@@ -98,11 +100,12 @@ def draw_path(
     sample_ids: Tensor | None,
 ) -> Batch:
     """A batch with one time per row: all of it is flow matching."""
+    _check_law(times, "pfm.times.uniform")
     t = times(x1, **_seeded(seed, sample_ids))
     if isinstance(t, (tuple, list)):
         raise ValueError(f"times gave {len(t)} times; this takes a law of one, e.g. pfm.times.uniform")
     x, velocity = flow_map.interpolant.draw(x1, t, x0=x0, seed=seed, sample_ids=sample_ids)
-    return Batch(x, velocity, t, t, dict(condition or {}), x1.shape[0], sample_ids)
+    return Batch(x, velocity, t, t, condition_of(condition, x1.shape[0]), x1.shape[0], sample_ids)
 
 
 def flow_matching_error(flow_map: FlowMap, batch: Batch) -> Tensor:
@@ -130,7 +133,9 @@ def check_inputs(
         raise TypeError(
             f"weight = {weight!r}; it is a function of (error, s=, t=, size=), e.g. pfm.weights.constant(2)"
         )
-    if not isinstance(x1, Tensor) or not x1.is_floating_point() or x1.dim() < 2:
+    if isinstance(x1, Tensor) and x1.is_floating_point() and x1.dim() < 2:
+        raise ValueError(f"x1 has shape {tuple(x1.shape)}; data is a batch (B, ...), e.g. x1[:, None] or x1[None]")
+    if not isinstance(x1, Tensor) or not x1.is_floating_point():
         shown = f"{x1.dtype} of shape {tuple(x1.shape)}" if isinstance(x1, Tensor) else type(x1).__name__
         raise TypeError(f"x1 is {shown}; data is a floating-point tensor (B, ...), e.g. x1.float()")
     if x1.shape[0] == 0:
@@ -144,12 +149,23 @@ def check_share(share: float, name: str) -> None:
         raise ValueError(f"{name} = {share}; it is a share of the batch, e.g. 0.75")
 
 
-def rows_of(condition: Mapping[str, Any], rows: int, start: int, stop: int) -> dict[str, Any]:
-    """The condition of rows start to stop of `rows`; what has no row per sample is shared."""
-    return {
-        key: value[start:stop] if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows else value
-        for key, value in condition.items()
-    }
+def condition_of(condition: Any, rows: int) -> dict[str, Any]:
+    """The condition as keywords; every tensor in it, also inside dicts and tuples, has a row per sample or no rows."""
+    if condition is not None and not isinstance(condition, Mapping):
+        raise TypeError(f'condition is {type(condition).__name__}; pass keywords for the network, e.g. {{"label": y}}')
+    for key, value in (condition or {}).items():
+        bad = next((x for x in tree_leaves(value) if isinstance(x, Tensor) and x.dim() and x.shape[0] != rows), None)
+        if bad is not None:
+            raise ValueError(
+                f"condition {key!r} has {bad.shape[0]} rows for a batch of {rows}; give one row per sample, and what "
+                "all samples share as a number, a 0-d tensor or part of call="
+            )
+    return dict(condition or {})
+
+
+def rows_of(condition: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The condition of rows start to stop: of its tensors, also inside dicts and tuples."""
+    return tree_map(lambda x: x[start:stop] if isinstance(x, Tensor) and x.dim() else x, dict(condition))
 
 
 def whole(expected: float, rows: int, seed: int | None) -> int:
@@ -168,6 +184,11 @@ def whole(expected: float, rows: int, seed: int | None) -> int:
         return min(max(int(expected + 0.5), 1), rows - 1)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return low + int(torch.rand((), generator=generator).item() < expected - low)
+
+
+def _check_law(times: Any, such_as: str) -> None:
+    if not callable(times):
+        raise TypeError(f"times is {type(times).__name__}; it is a law, called as times(x1), e.g. {such_as}")
 
 
 def _seeded(seed: int | None, sample_ids: Tensor | None) -> dict[str, Any]:

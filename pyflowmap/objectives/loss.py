@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ class Loss:
     per_sample: Tensor
     raw_error: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        cure = "; loss.mean().backward()" if name == "backward" else ""
+        raise AttributeError(f"a Loss has per_sample, raw_error, parts and .mean(), no {name!r}{cure}")
 
     def mean(self) -> Tensor:
         """The scalar to call backward on."""

@@ -2,8 +2,8 @@
 
 A step is `step(velocity, x, s, t, memory) -> (x_next, memory)`. x is lazy; `velocity(argument, time)` evaluates its
 argument in one launch and returns a lazy; x_next is lazy. `memory` is None before the first step, afterwards what
-the last step returned: None, a lazy, or a tuple of lazies and plain values; its lazies are evaluated in the launch that
-evaluates x_next. Without gradients everything goes into buffers allocated once.
+the last step returned: None, a lazy, or a tuple (a list becomes one) of lazies and plain values; its lazies are
+evaluated in the launch that evaluates x_next. Without gradients everything goes into buffers allocated once.
 
     velocity.noise()    a standard normal field, another one at each call, drawn inside the launch that uses it
     velocity.times      the times of the run, in the order of the steps; velocity.end is the last
@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def integrate(
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0:
         raise TypeError(f"x is {getattr(x, 'dtype', type(x).__name__)}; the state is a floating-point tensor (B, ...)")
     if not isinstance(solver, Solver):
-        solver = Solver(solver, getattr(solver, "__name__", "step"), None, 1)
+        solver = Solver(solver, getattr(solver, "__name__", "step"), None, None)
     run = given = solver.loop or _run
     if out is not None or workspace is not None:
         _check_out(solver, x, out, grad, trajectory)
@@ -180,9 +180,10 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
     lean = single and kept is None and callback is None
     for k, (s, t) in enumerate(pairs):
         turn, stage = k & 1, 0
-        x_next, returned = step(velocity, state, s, t, memory)
-        if type(x_next) is not Lazy:
-            _refuse_state(x_next)
+        result = step(velocity, state, s, t, memory)
+        if type(result) is not tuple or len(result) != 2 or type(result[0]) is not Lazy:
+            _refuse(result)
+        x_next, returned = result
         factor = 1.0 if scale is None else scale(t)
         if factor != 1.0:
             x_next = x_next * factor
@@ -233,11 +234,10 @@ def _write(combinations: tuple[Lazy, ...], outs: tuple[Any, ...]) -> None:
         evaluate(*combinations, out=outs)
 
 
-def _refuse_state(x_next):
-    raise TypeError(
-        f"the step returned {type(x_next).__name__} as its state; return a lazy combination and memory: "
-        "x + h * velocity(x, s), memory"
-    )
+def _refuse(result: Any) -> NoReturn:
+    two = isinstance(result, tuple) and len(result) == 2
+    shown = f"{type(result[0]).__name__} as its state" if two else type(result).__name__
+    raise TypeError(f"the step returned {shown}; return a lazy combination and memory: x + h * velocity(x, s), memory")
 
 
 def _recorded(solver, field, x, times, port, draws, grad, callback, progress, trajectory):
@@ -266,9 +266,10 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         nonlocal state, tree
         draw.stream = first_stream  # the same fields when backward runs it again
         state = lazy(here) if scale is None else lazy(here) * (1.0 / scale(s))
-        x_next, returned = step(velocity, state, s, t, unflatten(shape, leaves))
-        if type(x_next) is not Lazy:
-            _refuse_state(x_next)
+        result = step(velocity, state, s, t, unflatten(shape, leaves))
+        if type(result) is not tuple or len(result) != 2 or type(result[0]) is not Lazy:
+            _refuse(result)
+        x_next, returned = result
         memory = Memory(here)
         memory.held = {id(each): each for each in leaves}
         fresh, _ = memory.gather(returned)
@@ -308,9 +309,11 @@ def _report(run, solver, field, x, times, port, draws, on_nan, last, part):
     """Raise or warn with the first step after which the state was not finite, and which samples it was."""
     if not finite(x):
         rows = _samples(x, part)
-        raise FloatingPointError(
-            f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
-        )
+        message = f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
+        if on_nan == "raise":
+            raise FloatingPointError(message + '; on_nan="keep" returns the others')
+        warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
+        return
     where, rows = "the last step", _samples(last, part)
 
     def look(record):

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +23,7 @@ class Solver:
 
     step        step(velocity, x, s, t, memory, **options) -> x_next, memory; see `pyflowmap.solvers`
     order       of convergence; None: exact up to the model, or convergent in distribution only
-    nfe         network evaluations per step, once its history is full
+    nfe         network evaluations per step, once its history is full; None: not known
     starting    further evaluations by which the first steps fill the history (multistep solvers)
     takes       "velocity", or "jump": what the step's first argument is
     stochastic  whether it draws noise
@@ -38,7 +38,7 @@ class Solver:
     step: Callable
     name: str
     order: int | None
-    nfe: int
+    nfe: int | None
     starting: int = 0
     takes: str = "velocity"
     stochastic: bool = False
@@ -89,6 +89,11 @@ class Solver:
             raise ValueError(f"nfe = {nfe!r}; it is a whole number, at least 1")
         if self.loop is not None:
             raise ValueError(f"{self.name} chooses its own steps; bound it by max_nfe instead of nfe")
+        if self.nfe is None:
+            raise ValueError(
+                f"nfe = {nfe}, but how many evaluations {self.name} takes per step is not known; pass steps, or say so "
+                "by pfm.solvers.solver(nfe=2)(step)"
+            )
         if self.plan is not None and len(self.visits([0.0, 0.5, 1.0])) != 3:
             raise ValueError(f"{self.name} visits more times than its grid has, so nfe = {nfe} is not met; pass steps")
         if self.spends is not None:
@@ -117,9 +122,20 @@ class Solver:
         """
         from .driver import integrate
 
+        unknown = next((name for name in options if name not in self.options and name not in _keywords()), None)
+        if unknown is not None:
+            self.using(**{unknown: None})
         own = {name: options.pop(name) for name in self.options if name in options}
         made = self.using(**own) if own else self
-        return integrate(made, lambda argument, x, *at: lazy(field(argument, *at)), x, grid, **options)
+        return integrate(made, partial(_asked, field), x, grid, **options)
+
+
+@lru_cache(maxsize=1)
+def _keywords() -> frozenset[str]:
+    """What `integrate` takes by keyword."""
+    from .driver import integrate
+
+    return frozenset(inspect.signature(integrate).parameters)
 
 
 def solver(*, order: int | None = None, nfe: int = 1, **known: Any) -> Callable[[Callable], Solver]:
@@ -133,6 +149,14 @@ def solver(*, order: int | None = None, nfe: int = 1, **known: Any) -> Callable[
         return made
 
     return wrap
+
+
+def _asked(field: Callable, argument: Tensor, x: Any, *at: Any) -> Any:
+    """What the caller's field gives, as a lazy."""
+    value = field(argument, *at)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the field returned {type(value).__name__}; it is field(x, t) -> tensor of the shape of x")
+    return lazy(value)
 
 
 def time_grid(grid: Sequence[float] | Tensor) -> list[float]:

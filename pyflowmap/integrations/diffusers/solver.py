@@ -66,7 +66,7 @@ class SolverScheduler(Schedule):
     @property
     def order(self) -> int:  # type: ignore[override]
         """What diffusers calls so: entries of `timesteps` per step. The order of accuracy is the solver's."""
-        return self._solver.nfe
+        return self._solver.nfe or 1
 
     def set_timesteps(
         self,
