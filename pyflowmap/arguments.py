@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "solver_of",
     "start",
     "uniform",
+    "warn_of_training",
 ]
 
 
@@ -35,6 +37,18 @@ def check_model(model: Any) -> None:
     raise TypeError(
         f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
     )
+
+
+def warn_of_training(network: Any) -> None:
+    """Where dropout would make samples differ, or batch statistics would be changed by them."""
+    if not getattr(network, "training", False) or not isinstance(network, torch.nn.Module):
+        return
+    for name, module in network.named_modules():
+        random = getattr(module, "p", 0.0) if isinstance(module, torch.nn.modules.dropout._DropoutNd) else 0.0
+        if module.training and (random or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)):
+            kind = type(module).__name__
+            warnings.warn(f"{name or kind} ({kind}) is in training mode; network.eval() first", RuntimeWarning, 3)
+            return
 
 
 def check_seed(seed: Any) -> None:

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from . import chunks, graphs, solvers
 from .algebra import evaluate, lazy, noise
-from .arguments import check_ids, check_model, check_seed, condition_of, like_of, network_dtype, solver_of, uniform
+from .arguments import (
+    check_ids,
+    check_model,
+    check_seed,
+    condition_of,
+    like_of,
+    network_dtype,
+    solver_of,
+    uniform,
+    warn_of_training,
+)
 from .flow_map import FlowMap
 from .guidance import Guidance
 from .view import View
@@ -76,6 +86,7 @@ def sample(
     tensor([1., 1., 1.])
     """
     check_model(model)
+    warn_of_training(model.network)
     check_seed(seed)
     chosen = solver_of(solver)
     times = _times(chosen, steps, grid, nfe)

@@ -145,3 +145,19 @@ def test_nested_conditions_follow_their_rows():
         flat = lambda x, s, t, scale, pair: network(x, s, t, {"scale": scale, "pair": (pair, 3)})  # noqa: E731
         plain = {"scale": extra["scale"], "pair": extra["pair"][0]}
         assert torch.equal(whole, objective(pfm.FlowMap(flat), x1, condition=plain, seed=1, **share).per_sample)
+
+
+def test_a_network_in_training_mode_is_warned_of():
+    class Noisy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, x, s, t):
+            return self.drop(x)
+
+    with pytest.warns(RuntimeWarning, match=r"drop .Dropout. is in training mode; network.eval"):
+        pfm.sample(pfm.FlowMap(Noisy()), Z, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pfm.sample(pfm.FlowMap(Noisy().eval()), Z, 2)
