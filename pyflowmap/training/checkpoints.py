@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,8 @@ def read_tensors(path: Path, into: dict[str, Tensor]) -> None:
     import torch.distributed.checkpoint as dcp
 
     alone = not (dist.is_available() and dist.is_initialized())
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is, and that is meant
         own = {key: x.detach() for key, x in into.items()}
         dcp.load(own, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=alone)
 

@@ -144,13 +144,15 @@ class Trainer:
         self.patience, self.stop_above, self.seed = patience, stop_above, seed
         self.sample, self.callback, self.progress = sample, callback, progress
         rate = optimizers.rate(schedule, warmup)
+        # A rate that does not depend on the run's length lets a run be continued with more steps.
+        endless = schedule in ("constant", "inverse_sqrt") or isinstance(schedule, optimizers.inverse_sqrt)
         self.configuration = resume.described(
             dict(configuration),
             objective=step.objective,
             optimizer=optimizer,
             lr=lr,
             schedule=schedule,
-            **({} if schedule in ("constant", "inverse_sqrt") else {"steps": steps, "seconds": seconds}),
+            **({} if endless else {"steps": steps, "seconds": seconds}),
             warmup=warmup,
             clip=clip,
             ema=list(ema),
