@@ -171,7 +171,10 @@ def _load(trainer: Trainer, path: Path) -> None:
 
     of_optimizer = _room(trainer, path, there, set(state["on_host"]))
     checkpoints.read_tensors(path, live | {f"optimizer/{name}": x for name, x in of_optimizer.items()})
-    optimizers.read_state(trainer.optimizers, trainer.step, of_optimizer, state["optimizer"])
+    try:
+        optimizers.read_state(trainer.optimizers, trainer.step, of_optimizer, state["optimizer"])
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this step: {error}") from None
 
     update, rank = trainer.update, trainer.distribution.rank
     trainer.ema.updates, update.masked, update.skipped = (

@@ -127,7 +127,8 @@ class Update:
             given["seed"] = mix(self.seed, k, 0, rank)
         if self.takes["sample_ids"]:
             given["sample_ids"] = ids
-        # No cache: a cast made without gradient, for a teacher, would be handed to the student, who would not learn.
+        # No cache: in older torch (pytorch issue 158232) a cast made without gradient, for a teacher, is handed to the
+        # student, who then does not learn.
         kind = self.device.type
         low = torch.autocast(kind, dtype=self.dtype, cache_enabled=False) if self.dtype is not None else nullcontext()
         with low:

@@ -73,6 +73,37 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, options):
     assert [record["step"] for record in history(resumed.history)] == list(range(1, 21))
 
 
+def test_the_scale_of_float16_resumes(tmp_path):
+    def go(folder, steps):
+        step = small.step(dtype=torch.float32, scale=100.0)
+        options = dict(steps=steps, folder=folder, precision="float16", log_every=1, progress=False)
+        trainer = Trainer(step, small.Stream(dtype=torch.float32), **options)
+        return trainer, trainer.fit()
+
+    (whole, unbroken), _, (half, resumed) = go(tmp_path / "a", 20), go(tmp_path / "b", 10), go(tmp_path / "b", 20)
+    assert whole.update.scaler.state_dict() == half.update.scaler.state_dict()
+    assert half.update.scaler.get_scale() < 65536.0  # it had to fall
+    assert_same(unbroken, resumed)
+
+
+def test_the_history_is_cut_back_to_the_checkpoint(tmp_path):
+    result = train(tmp_path, 10)
+    expected = history(result.history)
+    with result.history.open("a") as file:
+        file.write('{"step": 11, "loss": 1.0}\n{"step": 12, "lo')  # killed in the middle of a line
+    train(tmp_path, 13)
+    assert history(result.history)[:10] == expected
+    assert [record["step"] for record in history(result.history)] == list(range(1, 14))
+
+
+def test_half_written_checkpoints_of_killed_runs_are_swept(tmp_path):
+    train(tmp_path, 5)
+    (tmp_path / "checkpoints/.step-000000007").mkdir()
+    (tmp_path / "checkpoints/.step-000000007/tensors.safetensors").write_text("half")
+    train(tmp_path, 6)
+    assert names(tmp_path) == ["step-000000005", "step-000000006"]
+
+
 def test_an_objective_that_draws_from_the_global_generators_resumes_too(tmp_path):
     def objective(flow_map, x1, *, condition):
         import random
@@ -247,7 +278,7 @@ def test_a_state_that_lies_is_a_clear_error(tmp_path, change):
     train(tmp_path, 5)
     file = tmp_path / "checkpoints/step-000000005/state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(ValueError, match=r"step-000000005|belongs to no parameter"):
+    with pytest.raises(ValueError, match="step-000000005"):
         train(tmp_path, 10)
 
 

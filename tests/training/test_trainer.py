@@ -153,6 +153,12 @@ def test_a_step_without_good_rows_changes_nothing(mode):
     assert all(r["masked_rows"] == 0 for r, _ in seen)
 
 
+def test_a_skipped_step_is_no_step_of_the_average():
+    result, _ = train(stream=small.Stream(poison={9: range(8)}), steps=10, ema=(0.9, 0.99))
+    for decay, average in by_hand(9, clip=1.0, decays=(0.9, 0.99))[2].items():
+        assert_close(result.ema[decay], average)
+
+
 def test_a_gradient_that_is_not_finite_though_the_loss_is_skips_the_step():
     def objective(flow_map, x1, *, condition, seed):
         t = torch.zeros(len(x1), dtype=x1.dtype)
