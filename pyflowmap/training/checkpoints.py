@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .distributed import Distribution
 
-__all__ = ["Layout", "damage", "found", "layout", "read_state", "read_tensors", "save", "sweep"]
+__all__ = ["Layout", "damage", "differing", "found", "held", "layout", "read_state", "read_tensors", "save", "sweep"]
 
 _FORMAT = 1
 _LARGEST_STATE = 1 << 28  # bytes of state.json: the generators of thousands of processes fit
@@ -48,6 +49,26 @@ def sweep(folder: Path) -> None:
     """Remove what a killed process left half written."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def held(folder: Path | None) -> Iterator[None]:
+    """A run's folder is its own: a second run there raises. The system lets go of it when the process dies."""
+    if folder is None or os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".running", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"another run is writing to {str(folder)!r}; wait for it or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ __all__ = ["Stop"]
 
 
 class Stop:
-    """Inside the block the first SIGTERM or SIGINT sets `.asked`; a second one does what it did before.
+    """Inside the block the first SIGTERM and the first SIGINT set `.asked`; a second of a kind does what it did before.
 
+    Of a kind: after Ctrl-C the terminal sends SIGINT to every process, and torchrun a SIGTERM after it.
     Outside the main thread, where Python takes no handlers, nothing is changed.
     """
 
@@ -28,12 +29,12 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        self._restore()
+        self._restore(number)
 
     def __exit__(self, *exception: object) -> None:
-        self._restore()
+        for number in list(self._before):
+            self._restore(number)
 
-    def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+    def _restore(self, number: int) -> None:
+        handler = self._before.pop(number)
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -82,13 +82,14 @@ class Step(nn.Module):
         self.network, self.objective, self.options = network, objective, options
         self.weight = options["weight"] if isinstance(options.get("weight"), nn.Module) else None
         path = Linear() if interpolant is None else interpolant
-        call = FlowMap(network, prediction, path, call).call  # bad views fail here, not in the first step
-        self.view: dict[str, Any] = {
-            "prediction": prediction,
-            "call": _exact_tangents(call) if tangents == "float32" else call,
-            "interpolant": path,
-        }
+        view = FlowMap(network, prediction, path, call)  # bad views fail here, not in the first step
+        self.view: dict[str, Any] = {"prediction": prediction, "interpolant": path, "call": view.call}
+        self._inside = self.view | {"call": _exact_tangents(view.call) if tangents == "float32" else view.call}
         self.now = 0  # the step a ramp is read at; the Trainer sets it
+
+    def flow_map(self, network: nn.Module | None = None) -> FlowMap:
+        """The network, or another one such as its average, seen as it is trained: to sample from, or to save."""
+        return FlowMap(self.network if network is None else network, **self.view)
 
     def takes(self, name: str) -> bool:
         """Whether the objective has the keyword `name`."""
@@ -107,7 +108,7 @@ class Step(nn.Module):
         options = {k: v.at(self.now) if isinstance(v, ramp) else v for k, v in self.options.items()}
         options |= {} if seed is None else {"seed": seed}
         options |= {} if sample_ids is None else {"sample_ids": sample_ids}
-        loss = self.objective(FlowMap(self.network, **self.view), x1, condition=condition, **options)
+        loss = self.objective(FlowMap(self.network, **self._inside), x1, condition=condition, **options)
         if row_weight is None:
             return loss.mean(), {"error": loss.raw_error.mean(), **loss.parts}
         rows = loss.per_sample.shape

@@ -188,7 +188,8 @@ class Trainer:
         """Train to the end, or to a signal. Python's, numpy's and torch's global generators are left as they were."""
         outer = seeds.snapshot()
         try:
-            return self._fit()
+            with checkpoints.held(self.folder if self.distribution.first else None):
+                return self._fit()
         finally:
             seeds.restore(outer)
             self.distribution.close()
@@ -228,7 +229,9 @@ class Trainer:
                 if done >= 1.0:
                     stopped = "seconds"
                     break
-            batch = next(self.stream)
+            batch = next(self.stream, None)
+            if batch is None:
+                raise ValueError(f"the stream ended after {self.done} of {self.steps} batches; it must not end")
             # The clock and the signals of the processes travel with the loss: one message a step.
             clock = time.perf_counter() - begin if self.distribution.first else 0.0
             taken = self.update(self.done, done, batch, extra=[clock, float(stop.asked)])
@@ -288,8 +291,7 @@ class Trainer:
             training = network.training
             try:
                 with torch.no_grad():
-                    flow_map = FlowMap(network.eval(), **self.step.view)
-                    self.log.picture(self.sample(flow_map, self.done), self.done)
+                    self.log.picture(self.sample(self.step.flow_map(network.eval()), self.done), self.done)
             except Exception as raised:
                 error = raised
             network.train(training)

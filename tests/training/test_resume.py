@@ -146,17 +146,20 @@ def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path):
     assert names(tmp_path / "killed") == names(tmp_path / "unbroken")  # no half-written folder stays
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_ends(tmp_path, number):
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,), (signal.SIGINT,), (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_saves_and_ends(tmp_path, numbers):
+    """Also Ctrl-C under torchrun: the terminal's SIGINT, and torchrun's SIGTERM after it."""
+
     def ask(record):
         if record["step"] == 7:
-            os.kill(os.getpid(), number)
+            for number in numbers:
+                os.kill(os.getpid(), number)
 
-    before = signal.getsignal(number)
+    before = signal.getsignal(numbers[0])
     stopped = train(tmp_path / "b", callback=ask)
     assert stopped.stopped == "signal" and 7 <= stopped.steps <= 8
     assert names(tmp_path / "b")[-1] == f"step-{stopped.steps:09d}"
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(numbers[0]) is before
     assert_same(train(tmp_path / "a"), train(tmp_path / "b"))
 
 
@@ -280,6 +283,15 @@ def test_a_state_that_lies_is_a_clear_error(tmp_path, change):
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
     with pytest.raises(ValueError, match="step-000000005"):
         train(tmp_path, 10)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    def second(record):
+        with pytest.raises(RuntimeError, match="another run is writing"):
+            train(tmp_path, 3)
+
+    assert train(tmp_path, 3, callback=second).steps == 3
+    assert train(tmp_path, 4).steps == 4
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_the_first_step(tmp_path):
