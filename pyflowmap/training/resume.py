@@ -201,7 +201,7 @@ def _room(trainer: Trainer, path: Path, there: checkpoints.Layout, on_host: set[
         p = parameters.get(name.split("/", 1)[-1].rpartition("/")[0])
         if p is None:
             raise ValueError(f"{path} does not fit this step: {key!r} belongs to none of its parameters")
-        if shape == tuple(p.shape):
+        if shape == tuple(p.shape) and not (name in on_host and p.device.type != "cpu"):
             room[name] = torch.empty_like(p, dtype=dtype, requires_grad=False)
         else:
             room[name] = torch.empty(shape, dtype=dtype, device="cpu" if name in on_host else p.device)

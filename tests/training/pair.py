@@ -69,6 +69,23 @@ def spread(kind: str, rank: int, folder: Path) -> dict:
     return {"gap": gap(train(kind, rank, 2, folder / f"{kind}-spread"), train(None, 0, 1, None))}
 
 
+def pictures(kind: str, rank: int, folder: Path) -> dict:
+    """In bfloat16: the first process alone draws, from whole weights, those of the average."""
+    drawn: list[dict] = []
+
+    def sample(flow_map, step):
+        x, label = torch.ones(4, 3, dtype=torch.float64), torch.arange(4)
+        flow_map.jump(x, 0.0, 1.0, label=label)
+        drawn.append({f"ema/{n}": p.detach().clone() for n, p in flow_map.network.named_parameters()})
+        return torch.zeros(2, 1, 4, 4)
+
+    options = dict(sample=sample, sample_every=5, precision="bfloat16")
+    out = train(kind, rank, 2, folder / f"{kind}-pictures", **options)
+    averages = {n: p for n, p in out.items() if n.startswith("ema/")}
+    names = sorted(p.name for p in (folder / f"{kind}-pictures" / "samples").glob("*.png"))
+    return {"drawn": len(drawn), "gap": gap(drawn[-1], averages) if drawn else None, "files": names}
+
+
 def failure(kind: str, rank: int, folder: Path) -> dict:
     """The first process cannot write: both raise."""
     here = folder / f"{kind}-failure"
@@ -83,7 +100,8 @@ def failure(kind: str, rank: int, folder: Path) -> dict:
     return {"message": None}
 
 
-JOBS = {f"{job.__name__} {kind}": (job, kind) for kind in ("ddp", "fsdp") for job in (agree, resume, spread, failure)}
+EACH = (agree, resume, spread, pictures, failure)
+JOBS = {f"{job.__name__} {kind}": (job, kind) for kind in ("ddp", "fsdp") for job in EACH}
 
 
 def main() -> None:

@@ -101,6 +101,27 @@ def test_one_process_continues_what_two_began(pair, kind, tmp_path):
     assert steps == list(range(1, 11))
 
 
+@pytest.mark.parametrize("harm", ["one bit", "missing"])
+def test_a_damaged_shard_is_named(pair, tmp_path, harm):
+    of_both(pair, "resume fsdp")
+    shutil.copytree(pair[0] / "fsdp-2", tmp_path / "run")
+    shard = tmp_path / "run/checkpoints/step-000000010/shard-00002-model-00001-of-00001.safetensors"
+    text = bytearray(shard.read_bytes())
+    text[-1] ^= 1
+    shard.unlink() if harm == "missing" else shard.write_bytes(text)
+    with pytest.raises(
+        ValueError, match=r"shard-00002-.* is (damaged|missing).*the last whole one is .*step-000000005"
+    ):
+        Trainer(small.step(), small.Stream(), steps=10, folder=tmp_path / "run", progress=False).fit()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_the_first_process_draws_pictures_from_the_whole_average(pair, kind):
+    first, second = sorted(of_both(pair, f"pictures {kind}"), key=lambda result: -result["drawn"])
+    assert (first["drawn"], second["drawn"]) == (2, 0) and first["gap"] == 0.0
+    assert first["files"] == ["step-000000005.png", "step-000000010.png"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_process_that_cannot_write_stops_both(pair, kind):
     for result in of_both(pair, f"failure {kind}"):

@@ -260,7 +260,7 @@ class Ending(small.Stream):
         ({"on_nonfinite": "ignore"}, "on_nonfinite = 'ignore'"),
         ({"dropout": {"label": 0.1}}, "it is \\(null, share\\)"),
         ({"dropout": {"label": (4, 1.1)}}, "share 1.1"),
-        ({"dropout": {"lable": (4, 0.1)}}, "'lable'; the data has label"),
+        ({"dropout": {"class": (4, 0.1)}}, "'class'; the data has label"),
         ({"distribution": "dp"}, "distribution = 'dp'"),
         ({"stream": Ending()}, "ended after 1 of 2"),
         ({"stream": iter([])}, "pass a pyflowmap.data.Stream"),
