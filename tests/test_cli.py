@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pyflowmap import png
 from pyflowmap.checkpoint import load
-from pyflowmap.cli import main, png
+from pyflowmap.cli import main
 from pyflowmap.cli.quality import frechet_distance, sliced_wasserstein
 from pyflowmap.cli.shards import Shards
 from pyflowmap.flow_map import FlowMap

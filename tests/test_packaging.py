@@ -33,7 +33,7 @@ FLOORS = [
     (5, "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),
     (3, "interpolants", "schedules", "tangents", "algebra", "combination"),
-    (2, "installation", "ops", "reference", "files"),
+    (2, "installation", "ops", "reference", "png", "files"),
     (1, "_C", "_simt"),
 ]
 ORDER = {name: (floor, -place) for floor, *rooms in FLOORS for place, name in enumerate(rooms)}

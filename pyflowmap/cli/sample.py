@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _picture(args: argparse.Namespace, model: Any, image: tuple[int, ...], labels: int, out: Path) -> None:
-    from . import png
+    from .. import png
 
     begin = time.perf_counter()
     images = _make(args, model, image, labels, 0, args.count, chunk=args.batch)["samples"]

@@ -1,6 +1,9 @@
-"""Training: a step whose forward is the loss, and a small loop."""
+"""Training: a step whose forward is the loss, the Trainer, and a small loop."""
 
+from .ema import EMA
 from .loop import ema_average, fit, shuffled
-from .step import Step
+from .optimizers import inverse_sqrt
+from .step import Step, ramp
+from .trainer import Result, Trainer
 
-__all__ = ["Step", "ema_average", "fit", "shuffled"]
+__all__ = ["EMA", "Result", "Step", "Trainer", "ema_average", "fit", "inverse_sqrt", "ramp", "shuffled"]
