@@ -13,6 +13,7 @@ import small
 import torch
 import torch.distributed as dist
 
+from pyflowmap import objectives
 from pyflowmap.training import Trainer
 
 STEPS = 10
@@ -20,8 +21,9 @@ STEPS = 10
 
 def train(kind: str | None, rank: int, world: int, folder: Path | None, steps: int = STEPS, **options) -> dict:
     stream = small.Stream(rank=rank, world=world, poison=options.pop("poison", None))
+    step = small.step(*options.pop("objective", ()), **options.pop("given", {}))
     trainer = Trainer(
-        small.step(),
+        step,
         stream,
         steps=steps,
         folder=folder,
@@ -50,6 +52,17 @@ def agree(kind: str, rank: int, folder: Path) -> dict:
     poison = {3: [1]}
     both = train(kind, rank, 2, None, poison=poison)
     return {"gap": gap(both, train(None, 0, 1, None, poison=poison)), "moved": gap(both, train(None, 0, 1, None, 1))}
+
+
+def library(kind: str, rank: int, folder: Path) -> dict:
+    """The library's own objectives, half of the rows on the diagonal: two processes against one."""
+    found = {}
+    cases = ((objectives.mean_flow, "equal"), (objectives.lagrangian, "diagonal"), (objectives.progressive, "diagonal"))
+    for objective, share in cases:
+        given = {"objective": (objective,), "given": {share: 0.5}}
+        both, one = train(kind, rank, 2, None, **given), train(None, 0, 1, None, **given)
+        found[objective.__name__] = {"gap": gap(both, one), "moved": gap(both, train(None, 0, 1, None, 1, **given))}
+    return found
 
 
 def resume(kind: str, rank: int, folder: Path) -> dict:
@@ -100,7 +113,7 @@ def failure(kind: str, rank: int, folder: Path) -> dict:
     return {"message": None}
 
 
-EACH = (agree, resume, spread, pictures, failure)
+EACH = (agree, library, resume, spread, pictures, failure)
 JOBS = {f"{job.__name__} {kind}": (job, kind) for kind in ("ddp", "fsdp") for job in EACH}
 
 

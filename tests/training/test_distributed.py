@@ -68,6 +68,13 @@ def test_two_processes_learn_as_one(pair, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_the_librarys_objectives_as_one(pair, kind):
+    for result in of_both(pair, f"library {kind}"):
+        for name in ("mean_flow", "lagrangian", "progressive"):
+            assert result[name]["moved"] > 1e-3 and result[name]["gap"] < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_resume_bit_for_bit(pair, kind):
     for result in of_both(pair, f"resume {kind}"):
         assert result["moved"] > 1e-3 and result["gap"] == 0.0
