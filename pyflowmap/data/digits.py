@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["load_digits"]
+from .data_set import check_rows
+
+__all__ = ["digits", "load_digits"]
 
 
 def _file() -> Path:
@@ -43,3 +45,26 @@ def load_digits(test: int = 1000) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, 
     labels = torch.from_numpy(table[:, -1]).long()
     n = len(images) - test
     return (images[:n], labels[:n]), (images[n:], labels[n:])
+
+
+class digits:
+    """The same 5,000 digits as a data set: x1 (1, 28, 28) in [-1, 1] and condition["label"], 0 to 9.
+
+    test      how many are held out, always the same ones
+    held_out  True: the held-out ones, for measurements
+    """
+
+    shape = (1, 28, 28)
+    labels = 10
+
+    def __init__(self, test: int = 1000, *, held_out: bool = False):
+        self.images, self.label = load_digits(test)[bool(held_out)]
+        if len(self.images) == 0:
+            raise ValueError(f"test = {test}: no digit is held out; hold out at least one")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = torch.from_numpy(check_rows(indices, len(self), "digits"))
+        return self.images[rows], {"label": self.label[rows]}
