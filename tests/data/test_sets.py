@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyflowmap.data import checkerboard, digits, example, mixture
+from pyflowmap.data import checkerboard, digits, example, load_digits, mixture
 from pyflowmap.data.data_set import describe
 from pyflowmap.data.random_numbers import normal, uniform
 
@@ -81,7 +81,7 @@ def test_digits_are_those_that_are_held_out_or_not():
     assert (len(train), len(held), train.labels, train.shape) == (4000, 1000, 10, (1, 28, 28))
     x1, condition = train.batch(np.array([7, 0, 7]))
     assert torch.equal(x1[0], x1[2]) and torch.equal(x1[1], train.images[0])
-    assert condition["label"].tolist() == train.label[[7, 0, 7]].tolist()
+    assert condition["label"].tolist() == load_digits()[0][1][[7, 0, 7]].tolist()
     with pytest.raises(ValueError, match="indices go from 0 to 4000; there are rows 0 to 3999"):
         train.batch(np.array([0, 4000]))
     with pytest.raises(ValueError, match="no digit is held out"):
