@@ -40,7 +40,7 @@ def load(name_or_path: str) -> Recipe:
     if file.suffix == ".py":
         return _from_file(file, wanted)
     near = difflib.get_close_matches(name_or_path, named, n=3, cutoff=0.5)
-    cure = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(named)}"
+    cure = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(named)}"
     raise ValueError(f"there is no recipe {name_or_path!r}; {cure}, or pass the path of a .py file")
 
 

@@ -33,7 +33,7 @@ class PlainConfig:
 
 @pfm.nn.register(PlainConfig)
 class Plain(nn.Module):
-    """u(x, s, t): a perceptron on [s, t, x]: a first layer, `depth` square ones, GELU (tanh form) after each, a last one.
+    """u(x, s, t): a perceptron on [s, t, x]: a first layer, `depth` square ones, a last one; GELU (tanh form).
 
     Weights start as truncated normals of variance 1 / fan-in, biases at 0.
     """
@@ -64,10 +64,11 @@ class Checkerboard(Recipe):
     3/4 of the rows are on the diagonal, sums of squares, no learned weight; RAdam with lr / sqrt(max(step / 35000, 1)),
     global norm clipped at 10, EMA .999 and .9999 (the paper evaluates the latter), 250,000 steps of 100,000 rows.
 
-    The authors' network is sd F(s, t, x / sd) with base noise of deviation sd, the data's. Here the board is in units of
-    its deviation (half = sqrt(3) instead of 1), which is the same after division by sd: noise and data have deviation 1
-    and the network is F itself. The loss is multiplied by sd^2 = 1/3 and thereby the paper's; the logged raw error is
-    the mean square in these units. KL is the same in both. The paper stores 10^7 samples; here every sample is new.
+    The authors' network is sd F(s, t, x / sd) with base noise of deviation sd, the data's. Here the board is in
+    units of its deviation (half = sqrt(3) instead of 1), which is the same after division by sd: noise and data have
+    deviation 1 and the network is F itself. The loss is multiplied by sd^2 = 1/3 and thereby the paper's; the logged
+    raw error is the mean square in these units. KL is the same in both. The paper stores 10^7 samples; here every
+    sample is new.
     """
 
     method: str = "lsd"

@@ -25,8 +25,8 @@ def changed(recipe: Any, settings: Sequence[str]) -> Any:
         if not equals:
             raise ValueError(f"{setting!r} is not field=value, e.g. steps=1000")
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.5)
-            cure = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(fields)}"
+            near = difflib.get_close_matches(name, fields, n=3, cutoff=0.6)
+            cure = f"the nearest are {', '.join(near)}" if near else f"it has {', '.join(fields)}"
             raise ValueError(f"the recipe {type(recipe).__name__} has no field {name!r}; {cure}")
         values[name] = _value(text.strip(), hints[name], name)
     return dataclasses.replace(recipe, **values)

@@ -55,8 +55,8 @@ def test_values(text, field, value):
     "text, message",
     [
         ("steps", "'steps' is not field=value, e.g. steps=1000"),
-        ("stpes=3", "no field 'stpes'; did you mean steps"),
-        ("zzzzzz=3", "no field 'zzzzzz'; it has steps, batch, lr"),
+        ("stpes=3", "no field 'stpes'; the nearest are steps"),
+        ("learning_rate=3", "no field 'learning_rate'; it has steps, batch, lr"),
         ("steps=many", "steps = 'many' is no int; e.g. 1000"),
         ("steps=1.5", "steps = '1.5' is no int"),
         ("steps=1e999", "steps = '1e999' is no int"),
