@@ -94,12 +94,12 @@ def test_sigterm_saves_and_exits_with_0_and_a_killed_run_ends_with_the_same_bits
     out, error = running.communicate(timeout=60)
     assert running.returncode == 0, error
     stopped = steps_done(broken)
-    if stopped < 400:  # a quick machine may have ended
-        assert f"step {stopped} of 400, stopped by a signal, and saved" in out
-        assert (broken / f"checkpoints/step-{stopped:09d}").is_dir() and not (broken / "flow_map.safetensors").exists()
+    assert stopped < 380, "the run ended before the signal: give it more steps"
+    assert f"step {stopped} of 400, stopped by a signal, and saved" in out
+    assert (broken / f"checkpoints/step-{stopped:09d}").is_dir() and not (broken / "flow_map.safetensors").exists()
 
     running = process(*arguments)
-    wait_for(lambda: steps_done(broken) >= stopped + 20, running)
+    wait_for(lambda: steps_done(broken) >= stopped + 10, running)
     running.kill()
     running.communicate(timeout=60)
 
@@ -108,10 +108,8 @@ def test_sigterm_saves_and_exits_with_0_and_a_killed_run_ends_with_the_same_bits
     assert running.returncode == 0, error
     first, second = (load_file(f / "flow_map.safetensors") for f in (whole, broken))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    lines = [
-        [json.loads(line)["step"] for line in (f / "history.jsonl").read_text().splitlines()] for f in (whole, broken)
-    ]
-    assert lines[0] == lines[1] == list(range(1, 401))
+    for folder in (whole, broken):
+        assert [record["step"] for record in records(folder)] == list(range(1, 401))
 
 
 def test_sigterm_before_the_first_step_exits_with_0(tmp_path):
@@ -140,11 +138,8 @@ def test_two_processes_under_torchrun_agree_with_one(tmp_path):
     assert train("--set", "steps=6", "--folder", tmp_path / "one") == 0
     first, second = (load_file(tmp_path / n / "flow_map.safetensors") for n in ("one", "two"))
     assert all(torch.allclose(first[k], second[k], atol=2e-5) for k in first)
-    records = [
-        [json.loads(x) for x in (tmp_path / n / "history.jsonl").read_text().splitlines()] for n in ("one", "two")
-    ]
-    assert [r["step"] for r in records[0]] == [r["step"] for r in records[1]]
-    assert all(a["loss"] == pytest.approx(b["loss"], rel=1e-4) for a, b in zip(*records))
+    for one, both in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert one["step"] == both["step"] and one["loss"] == pytest.approx(both["loss"], rel=1e-4)
 
 
 def test_list_and_help(capsys):

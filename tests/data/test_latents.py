@@ -1,6 +1,8 @@
 """The latent store: what is read is what was written, and every way of being damaged is named."""
 
+import builtins
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -88,6 +90,19 @@ def test_npy_files(tmp_path):
     np.save(tmp_path / "latents-0.npy", np.array([{"a": 1}] * 5, dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"latents-0\.npy is not a whole \.npy file of numbers"):
         latents(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("import builtins; builtins.went_off = True",)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    for number, content in enumerate((pickle.dumps(Bomb()), pickle.dumps(np.ones((3, 2))))):
+        (tmp_path / f"{number}.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{number}\.npy is not a whole \.npy file of numbers"):
+            latents(tmp_path / f"{number}.npy")
+    assert not hasattr(builtins, "went_off")
 
 
 def test_it_feeds_a_stream(store):

@@ -56,6 +56,15 @@ def test_checkerboard_density_is_one_in_all_and_positive_at_each_draw(half):
     assert -board.density(x).log().mean().item() == pytest.approx(np.log(2 * half**2), rel=1e-12)
 
 
+@pytest.mark.parametrize("half", [1.0, 3.0**0.5, 0.1])
+def test_a_draw_at_the_edge_of_a_cell_stays_in_it_when_it_is_rounded(half, monkeypatch):
+    board, cells = checkerboard(half=half), (np.arange(8) + 0.5) / 8
+    for edge in (2.0**-33, 1.0 - 2.0**-33):  # the smallest and the largest number that there are
+        u = np.stack([cells, np.full(8, edge), np.full(8, edge)], 1)
+        monkeypatch.setattr("pyflowmap.data.checkerboard.uniform", lambda *arguments, u=u: u)
+        assert (board.density(board.batch(np.arange(8))[0]) > 0).all()
+
+
 def test_mixture_draws_follow_its_density():
     toy = mixture(means=((-2.0,), (1.0,)), std=0.5, weights=(1.0, 3.0), labelled=True, seed=2)
     x, condition = toy.batch(np.arange(60_000))
