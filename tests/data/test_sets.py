@@ -1,5 +1,7 @@
 """The drawn sets against their own densities, the digits, and what every set refuses."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -61,7 +63,8 @@ def test_a_draw_at_the_edge_of_a_cell_stays_in_it_when_it_is_rounded(half, monke
     board, cells = checkerboard(half=half), (np.arange(8) + 0.5) / 8
     for edge in (2.0**-33, 1.0 - 2.0**-33):  # the smallest and the largest number that there are
         u = np.stack([cells, np.full(8, edge), np.full(8, edge)], 1)
-        monkeypatch.setattr("pyflowmap.data.checkerboard.uniform", lambda *arguments, u=u: u)
+        # The class has the name of its module, so the module is looked up.
+        monkeypatch.setattr(sys.modules[checkerboard.__module__], "uniform", lambda *arguments, u=u: u)
         assert (board.density(board.batch(np.arange(8))[0]) > 0).all()
 
 

@@ -267,7 +267,7 @@ def test_a_masked_network_sees_its_mask_and_a_file_keeps_it(tmp_path, monkeypatc
     x, s, t = torch.randn(2, 3, 4, 4), torch.zeros(2), torch.ones(2)
     masks = torch.stack([torch.zeros(2, 4, 4), torch.ones(2, 4, 4)])
     out = network(x, s, t, mask=masks)
-    assert out.shape == x.shape
+    assert torch.equal(out, network.network(torch.cat([x, masks], 1), s, t)[:, :3])
     assert torch.allclose(out[0], network(x, s, t)[0], atol=1e-6) and not torch.allclose(out[1], network(x, s, t)[1])
     with pytest.raises(ValueError, match=r"mask has shape \(2, 1, 4, 4\); this network takes \(B, 2, 4, 4\)"):
         network(x, s, t, mask=torch.zeros(2, 1, 4, 4))
