@@ -1,5 +1,6 @@
 """Rows of a Dataset: with a stand-in where the package is missing, with the package itself where it is there."""
 
+import io
 import sys
 
 import numpy as np
@@ -98,10 +99,25 @@ def test_nothing_is_fetched_unless_asked(tmp_path, monkeypatch):
 
 def test_with_the_package_itself(tmp_path):
     datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c", "d"])})
-    datasets.Dataset.from_list(rows(), features=features).save_to_disk(str(tmp_path / "saved"))
-    data = huggingface(tmp_path / "saved", size=8, channels=1)
-    assert data.labels == 4
-    x1, condition = data.batch(np.array([4, 1]))
-    assert torch.allclose(x1, (torch.tensor([80, 20]) / 127.5 - 1)[:, None, None, None].expand_as(x1))
-    assert condition["label"].tolist() == [1, 1]
+
+    def png(picture):
+        content = io.BytesIO()
+        picture.save(content, "PNG")
+        return {"bytes": content.getvalue(), "path": None}
+
+    pictures = [*(png(row["image"]) for row in rows()), {"bytes": b"junk", "path": None}]
+    table = pyarrow.table({"image": pictures, "label": [0, 1, 2, 0, 1, 2, 0]}, schema=features.arrow_schema)
+    source = datasets.Dataset(
+        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features), fingerprint="1"
+    )
+    source.save_to_disk(str(tmp_path / "saved"))
+    for given in (source, tmp_path / "saved"):
+        data = huggingface(given, size=8, channels=1)
+        assert (len(data), data.labels) == (7, 4)
+        x1, condition = data.batch(np.array([4, 1]))
+        assert torch.allclose(x1, (torch.tensor([80, 20]) / 127.5 - 1)[:, None, None, None].expand_as(x1))
+        assert condition["label"].tolist() == [1, 1]
+        with pytest.raises(ValueError, match="row 6 of the data set cannot be read"):
+            data.batch(np.array([6]))
