@@ -159,10 +159,15 @@ def test_list_and_help(capsys):
         (("checkerboard_lsd", "--set", "stesp=3"), "no field 'stesp'; the nearest are steps"),
         (("checkerboard_lsd", "--folder", "{}", "--resume"), "holds no checkpoint"),
         (("image_folder", "--folder", "{}"), "path is empty"),
+        (("{}/mine.py", "--folder", "{}"), "mine.py: Mine has no data(); return a set"),
         (("latents", "--set", "path={}/none", "--folder", "{}"), "there is no store"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\nfrom pyflowmap.recipes import Recipe\n"
+        "@dataclass\nclass Mine(Recipe):\n    x: int = 1\n"
+    )
     assert main(["train", *(a.format(tmp_path) for a in arguments)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("pyflowmap train: ") and message in error and error.count("\n") == 1

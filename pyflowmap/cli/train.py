@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ def run(args: argparse.Namespace) -> None:
         # While the Trainer's loop runs it has a handler of its own. Before, there is nothing to save.
         begun = trainer is not None and trainer.done > 0
         print("pyflowmap train: stopped" + ("" if begun else " before the first step"), file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(128 + number if begun else 0)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    watch = threading.current_thread() is threading.main_thread()  # Python takes handlers nowhere else
+    before = signal.signal(signal.SIGTERM, stop) if watch else None
     try:
         recipe = recipes.changed(recipes.load(args.recipe), args.settings)
         rank, _ = recipe.processes()
@@ -57,10 +60,14 @@ def run(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--resume: {folder} holds no checkpoint; name another --folder, or leave it out")
         if args.fresh and rank == 0:
             _move_aside(folder)
-        trainer = recipe.trainer(folder)
+        try:
+            trainer = recipe.trainer(folder)
+        except NotImplementedError as error:  # a part that the recipe lacks
+            raise TypeError(f"{args.recipe}: {error}") from error
         result = trainer.fit()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if watch:
+            signal.signal(signal.SIGTERM, before)
     if result.stopped == "diverged":
         raise FloatingPointError(
             f"the raw error stayed above stop_above = {recipe.stop_above}; stopped at step {result.steps} of "

@@ -43,7 +43,7 @@ class Recipe:
     precision      "float32", or autocast to "bfloat16" or "float16"
     stop_above     the run ends where the raw error stays above it
     seconds        of wall clock, after which the run ends; the result then depends on the machine
-    device         "auto": the GPU of LOCAL_RANK where there is one
+    device         "auto": "cuda" where there is a GPU, else "cpu"; "cuda" is the GPU of LOCAL_RANK
     distribution   "auto": DDP under torchrun; or "none", "ddp", "fsdp"
     """
 
@@ -164,11 +164,18 @@ class Recipe:
 
     def place(self) -> torch.device:
         """The device of this process."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        if not torch.cuda.is_available():
+        there = torch.cuda.is_available()
+        if self.device == "auto" and not there:
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        try:
+            device = torch.device("cuda" if self.device == "auto" else self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device = {self.device!r} ({str(error).splitlines()[0]})") from None
+        if device.type == "cuda" and not there:
+            raise ValueError(f"device = {self.device!r}, but torch sees no CUDA device here; use auto or cpu")
+        if device.type == "cuda" and device.index is None:
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # one process, one GPU
+        return device
 
     @staticmethod
     def processes() -> tuple[int, int]:

@@ -210,6 +210,19 @@ def test_the_arguments_are_the_trainer_s(monkeypatch):
     assert set(recipe.trainer_options(recipe.data())) - set(known) == set()
 
 
+def test_a_device_that_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Checkerboard().place() == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"device = 'cuda:0', but torch sees no CUDA device"):
+        Checkerboard(device="cuda:0").place()
+    with pytest.raises(ValueError, match=r"device = 'gpu' \(.*"):
+        Checkerboard(device="gpu").place()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Checkerboard().place() == Checkerboard(device="cuda").place() == torch.device("cuda", 3)
+    assert Checkerboard(device="cuda:1").place() == torch.device("cuda", 1)
+
+
 class Sparse(Recipe):
     pass
 
