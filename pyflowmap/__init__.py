@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
 from pyflowmap import (
+    data,
     editing,
     guidance,
     integrations,
@@ -59,6 +60,7 @@ __all__ = [
     # learning
     "objectives",
     "training",
+    "data",
     # where users already are
     "integrations",
     # what is installed

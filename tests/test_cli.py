@@ -20,6 +20,7 @@ from pyflowmap.checkpoint import load
 from pyflowmap.cli import main
 from pyflowmap.cli.quality import frechet_distance, sliced_wasserstein
 from pyflowmap.cli.shards import Shards
+from pyflowmap.data import load_digits
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.guidance import cfg
 from pyflowmap.nn import UNet, UNetConfig
@@ -387,7 +388,7 @@ def test_demo_looks_before_it_works(tmp_path, capsys, monkeypatch):
     assert "cannot write into" in capsys.readouterr().err
     assert main(["demo", "--out", str(tmp_path / "demo"), "--save", str(tmp_path / "m.pt")]) == 1
     assert ".safetensors" in capsys.readouterr().err
-    monkeypatch.setattr("pyflowmap.data.digits._file", lambda: tmp_path / "missing.csv.gz")
+    monkeypatch.setattr(sys.modules[load_digits.__module__], "_file", lambda: tmp_path / "missing.csv.gz")
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 1
     assert not begun
 

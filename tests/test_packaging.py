@@ -28,7 +28,7 @@ KERNELS = re.search(r"set\(PYFLOWMAP_KERNELS ([\w ]+)\)", (ROOT / "CMakeLists.tx
 # A room may import itself, any room on a lower floor and, on its own floor, any room further right: one direction, no
 # way back. `""` is pyflowmap/__init__.py: the programs of floor 7 use the public names like anyone, nothing below does.
 FLOORS = [
-    (7, "__main__", "cli", "bench", "", "integrations"),
+    (7, "__main__", "cli", "bench", "recipes", "", "integrations"),
     (6, "training", "editing", "likelihood", "sampling", "chunks", "graphs", "view", "arguments", "data"),
     (5, "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),

@@ -1,4 +1,4 @@
-"""The command line: `pyflowmap demo | sample | bench | info`.
+"""The command line: `pyflowmap demo | train | sample | bench | info`.
 
 Each command is a file here with `add(subparsers)` and `run(args)`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 __all__ = ["main"]
 
-COMMANDS = ("demo", "sample", "bench", "info")
+COMMANDS = ("demo", "train", "sample", "bench", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec(f"{__name__}.{name}") is not None:  # bench ships with the microbenchmarks
             importlib.import_module(f"{__name__}.{name}").add(subparsers)
     args = parser.parse_args(arguments)
-    if arguments is None and args.command == "demo":
+    if arguments is None and args.command in ("demo", "train"):
         _start_over_with_patient_threads()
     if args.command is None:
         args = parser.parse_args(["info"])  # what a bare `python -m pyflowmap` is asked for
