@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
 from pyflowmap import (
+    coupling,
     editing,
     guidance,
     integrations,
@@ -58,6 +59,7 @@ __all__ = [
     "editing",
     # learning
     "objectives",
+    "coupling",
     "training",
     # where users already are
     "integrations",
