@@ -132,9 +132,8 @@ def _from_rows(
         logit = logit.masked_fill(~allowed, -torch.inf)
     w = torch.softmax(logit, 1)
     samples = 1.0 / w.square().sum(1)
-    # sum_j w_j (c_j - c_own): the own weight enters as minus the sum of the others, so that 1 - w does not cancel
-    others = w.masked_fill(torch.eye(rows, dtype=torch.bool, device=x1.device), 0.0)
-    shift = ((others - torch.diag(others.sum(1))) @ c).to(torch.promote_types(x1.dtype, torch.float32))
+    shift = (w - torch.eye(rows, dtype=w.dtype, device=w.device)) @ c  # sum_j w_j (c_j - c_own)
+    shift = shift.to(torch.promote_types(x1.dtype, torch.float32))
     return evaluate(lazy(batch.velocity) + slope * lazy(shift.reshape(rows, *event)), dtype=x1.dtype), samples
 
 

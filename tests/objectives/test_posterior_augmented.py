@@ -102,7 +102,7 @@ def test_given_candidates_no_bias_and_less_variance():
     zero = torch.zeros(rows, dtype=torch.float64)
     assert loss_of(zero, candidates=more).mean() < 0.6 * loss_of(zero, flow_matching).mean()
     assert sigmas(row_gradients(lambda theta: loss_of(theta, candidates=more, temperature=10.0), rows)) > 8.0
-    near = x1 + 0.1 * torch.randn(3, rows, 1, dtype=torch.float64)  # crops and neighbours: no draws from the data
+    near = 0.8 * x1 + 0.1 * torch.randn(3, rows, 1, dtype=torch.float64)  # augmented: no draws from the data
     assert sigmas(row_gradients(lambda theta: loss_of(theta, candidates=near), rows)) > 8.0
 
 
