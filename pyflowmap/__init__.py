@@ -3,6 +3,7 @@
 import torch as _torch  # noqa: F401  first: the compiled module shares the OpenMP pool that torch has loaded
 
 from pyflowmap import (
+    coupling,
     data,
     editing,
     guidance,
@@ -59,6 +60,7 @@ __all__ = [
     "editing",
     # learning
     "objectives",
+    "coupling",
     "training",
     "data",
     # where users already are

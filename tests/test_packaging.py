@@ -30,9 +30,9 @@ KERNELS = re.search(r"set\(PYFLOWMAP_KERNELS ([\w ]+)\)", (ROOT / "CMakeLists.tx
 FLOORS = [
     (7, "__main__", "cli", "bench", "recipes", "", "integrations"),
     (6, "training", "editing", "likelihood", "sampling", "chunks", "graphs", "view", "arguments", "data"),
-    (5, "objectives", "solvers", "guidance", "weights", "times"),
+    (5, "coupling", "objectives", "solvers", "guidance", "weights", "times"),
     (4, "flow_map", "nn"),
-    (3, "interpolants", "schedules", "tangents", "algebra", "combination"),
+    (3, "interpolants", "schedules", "tangents", "draws", "algebra", "combination"),
     (2, "installation", "ops", "reference", "png", "files"),
     (1, "_C", "_simt"),
 ]

@@ -7,6 +7,7 @@
     skip_layer(scale, skipped)     + scale (v - v_skipped), layers left out; alone or on top     +1
     rescale(of, phi)               any of these, its standard deviation brought back             +0
     erk(scale)                     damps stiff directions, from what Heun has computed anyway    +0
+    contrastive_correction(strength, mean)   takes back what `objectives.contrastive` has shifted    +0
 
 cfg, autoguidance and skip_layer are affine in the predictions: the same for velocity, data and noise, and free, folded
 into the solver's update. The others use norms and inner products, which differ between these *spaces*: `space` says
@@ -16,10 +17,22 @@ Those around another guidance compose: `rescale(skip_layer(2.8, skipped, of=cfg(
 """
 
 from .classifier_free import cfg, cfg_zero
+from .contrastive_correction import contrastive_correction
 from .embedded import erk
 from .guidance import Guidance, without
 from .projected import apg
 from .rescaled import rescale
 from .weaker import autoguidance, skip_layer
 
-__all__ = ["Guidance", "apg", "autoguidance", "cfg", "cfg_zero", "erk", "rescale", "skip_layer", "without"]
+__all__ = [
+    "Guidance",
+    "apg",
+    "autoguidance",
+    "cfg",
+    "cfg_zero",
+    "contrastive_correction",
+    "erk",
+    "rescale",
+    "skip_layer",
+    "without",
+]
