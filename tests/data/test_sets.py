@@ -130,3 +130,22 @@ def test_an_example_has_the_shape_of_a_batch_and_reads_nothing():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_divergence_from_the_checkerboard():
+    """Of its own samples about (K - 1)/(2N); of a model that puts a share m off the cells -log(1 - m); never NaN."""
+    board, rows = checkerboard(half=2.0, seed=3), np.arange(400_000)
+    x, _ = board.batch(rows)
+    bins = 8 * 6 * 6
+    own = [board.divergence(part) for part in x.chunk(8)]
+    assert abs(np.mean(own) - (bins - 1) / (2 * 50_000)) < 4 * np.std(own)
+    for share in (0.1, 0.5):
+        off = x.clone()
+        off[: int(share * len(x)), 0] += 1.0  # one cell further: off the cells, or off the board
+        assert abs(board.divergence(off) + np.log(1 - share)) < 0.01
+    half = x[x[:, 0] > 0]  # one half of the board is not covered: a bin has 1/2 in place of N/K samples
+    missed = 0.5 * np.log(len(half) / (bins * 0.5)) + 0.5 * np.log(0.5)
+    assert abs(board.divergence(half) - missed) < 0.01
+    assert np.isfinite(board.divergence(torch.full((4, 2), float("nan"))))
+    with pytest.raises(ValueError, match="points are"):
+        board.divergence(torch.zeros(3))
