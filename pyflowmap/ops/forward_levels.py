@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
-from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = ["outer_levels", "without_tangents"]
@@ -21,6 +21,6 @@ def outer_levels() -> AbstractContextManager:
     return forward_ad._set_fwd_grad_enabled(True)
 
 
-def without_tangents(saved: Sequence[Tensor | None]) -> list[Tensor | None]:
+def without_tangents(saved: Sequence[Any]) -> list[Any]:
     """The saved tensors as constants of the level under way; their tangents further out stay. Within `outer_levels`."""
     return [x if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x).primal for x in saved]
