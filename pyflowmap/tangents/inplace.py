@@ -60,8 +60,8 @@ def rebind(target: Any, result: Any) -> Any:
 
 
 class _Detached:
-    """Stands for the owner of a Dual whose new value could not stay in the memory that detached tensors have: a write to
-    one of these, which the Dual does not show, makes it stale."""
+    """Stands for the owner of a Dual whose new value could not stay in the memory that detached tensors have: a write
+    to one of these, which the Dual does not show, makes it stale."""
 
     is_detached = True
 
@@ -73,8 +73,8 @@ class _Detached:
         return sum(x._version for x in self.detached)
 
 
-def _detach(x: Any) -> Tensor:
-    """The plain value of x. Its owner remembers in which memory: a later write must reach it."""
+def _note_detached(x: Any) -> None:
+    """The plain value of x is given out. Its owner remembers in which memory: a later write must reach it."""
     owner = x if x.owner is None else x.owner[0]
     if owner.detached is None:
         owner.detached = [owner.primal]
@@ -82,7 +82,6 @@ def _detach(x: Any) -> Tensor:
         owner.detached.append(owner.primal)
         if not is_dual(owner):
             x.owner = (owner, owner.generation)
-    return x.primal.detach()
 
 
 def _written(target: Any, value: Tensor, derivative: Tensor | None) -> Tensor:
@@ -107,7 +106,7 @@ def _written(target: Any, value: Tensor, derivative: Tensor | None) -> Tensor:
 
 
 for _spelling in spellings("detach"):
-    RULES[_spelling] = Rule(Kind.COMPOSITE, _detach)
+    RULES[_spelling] = Rule(Kind.CONSTANT, _note_detached)
 
 
 def _refuse_view(target: Any, function: Any) -> None:
