@@ -234,8 +234,8 @@ def _logsumexp(y, input, dim, keepdim=False):
 
 @rule("logcumsumexp")
 def _logcumsumexp(y, input, dim):
-    # sum_{j <= i} exp(x_j) dx_j / sum_{j <= i} exp(x_j), each prefix with its own largest exponent taken out: a scan, in
-    # which sums of 2^k terms are joined to those of the 2^k before.
+    # sum_{j <= i} exp(x_j) dx_j / sum_{j <= i} exp(x_j), each prefix with its own largest exponent taken out: a scan,
+    # in which sums of 2^k terms are joined to those of the 2^k before.
     dx, x = _aligned(y, input)
     if x.ndim == 0:
         return dx
