@@ -151,6 +151,20 @@ class Lazy:
     def __bool__(self) -> NoReturn:
         raise TypeError("a lazy combination has no truth value; pfm.evaluate(...) it first")
 
+    def __pow__(self, other: Any) -> NoReturn:
+        raise TypeError(
+            "a power of a lazy combination is not linear; pfm.evaluate(...) it first, or use pfm.inner for a squared "
+            "norm"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:  # of what is not found: it costs nothing else
+        if not name.startswith("_") and hasattr(Tensor, name):
+            raise AttributeError(
+                f"x.{name} of a lazy combination: pfm.evaluate(...) it first (+ - * / stay lazy); it has shape, ndim, "
+                "dtype, device, requires_grad and detach()"
+            )
+        raise AttributeError(f"'Lazy' object has no attribute {name!r}")
+
     # ---- the algebra ----
 
     def __add__(self, other: Any) -> Lazy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -308,6 +309,21 @@ def test_coefficient_tensors_stay_on_the_direct_road(xvu, launches):
         y, k = torch.rand(SHAPE), torch.rand(4)
         assert evaluate(h * lazy(y) + k * lazy(x), out=out) is out  # inference tensors have no counter
         close(out, per_sample(h, y).double() * y.double() + per_sample(k, x).double() * x.double())
+
+
+def test_methods_of_tensors_name_the_cure(xvu):
+    x = lazy(xvu[0])
+    for use in (lambda: x.clamp(0, 1), lambda: x.mean(), lambda: x.T, lambda: x.view(-1), lambda: torch.clamp(x, 0, 1)):
+        with pytest.raises((AttributeError, TypeError), match=r"pfm\.evaluate\(\.\.\.\) it first"):
+            use()
+    for use in (lambda: x**2, lambda: x**x, lambda: pow(x, 0.5)):
+        with pytest.raises(TypeError, match=r"not linear.*pfm\.inner"):
+            use()
+    assert not hasattr(x, "nonsense") and not hasattr(x, "__array__") and not hasattr(x, "clamp")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        x.nonsense  # noqa: B018
+    copied = copy.copy(x)
+    assert torch.equal(evaluate(copied), xvu[0])
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

@@ -38,9 +38,9 @@ def check(
         |dy - D(h)|           <= 0.01 |dy| + 4 |D(h) - D(2h)| + 8 eps |fn(x)| / h
         D(h) = (fn(x + h dx) - fn(x - h dx)) / 2h,    h |dx| = eps^(1/3) max(|x|, 1) by largest elements
 
-    In float64 (`net.double()`) this sees an error of one percent; in float32 mostly; in half precision hardly: where the
-    allowance exceeds 0.3 |dy| it warns that it cannot judge the tangent. It does not see what these primals and
-    tangents do not show, a branch not taken, an error that they hide. `x.detach()` in fn is a difference, and may be
+    In float64 (`net.double()`) this sees an error of one percent, in float32 mostly. Where the allowance exceeds
+    0.3 |dy|, and in half precision, it warns that it cannot judge the tangent. It does not see what these primals and
+    tangents do not show: a branch not taken, an error that they hide. `x.detach()` in fn is a difference, and may be
     meant.
 
     Raises RuntimeError that names value or tangent, the output, the difference and the likely cure.
@@ -114,17 +114,19 @@ def _check_tangent(
     eps = torch.finfo(value.dtype).eps
     error, size = float((slope - near).norm()), float(slope.norm())
     rough = 4.0 * float((near - far).norm()) + 8.0 * eps * float(value.double().norm()) / step
-    if error > 0.01 * size + rough:
-        raise RuntimeError(
-            f"tangent: that of output {place} differs from central differences by {error:.2g}, of norm {size:.2g} "
-            f"({0.01 * size + rough:.2g} is allowed); a part of fn does not see it: {_BRANCH[as_tensor]}; or x.detach() "
-            "in fn, where that is meant"
-        )
-    if not rough <= 0.3 * max(size, float(near.norm())):  # NaN, too
+    if error == 0.0:  # zero, in both ways
+        return
+    if eps > 1e-4 or not rough <= 0.3 * max(size, float(near.norm())):  # NaN, too
         warnings.warn(
             f"check: central differences of output {place} are too rough in {value.dtype} to judge its tangent (norm "
             f"{size:.2g}, error {rough:.2g}); pass a float64 copy of the network, of the primals and of the tangents",
             stacklevel=3,
+        )
+    elif not error <= 0.01 * size + rough:
+        raise RuntimeError(
+            f"tangent: that of output {place} differs from central differences by {error:.2g}, of norm {size:.2g} "
+            f"({0.01 * size + rough:.2g} is allowed); a part of fn does not see it: {_BRANCH[as_tensor]}; or "
+            "x.detach() in fn, where that is meant"
         )
 
 

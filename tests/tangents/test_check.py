@@ -92,7 +92,7 @@ def test_attention_and_trees_and_keywords() -> None:
 
     qkv = {name: random(2, 2, 5, 4) for name in "qkv"}
     primals, tangents = (qkv, 0.3, torch.arange(3)), ({"q": random(2, 2, 5, 4), "k": None, "v": 1.0}, None, None)
-    y, dy = check(fn, primals, tangents, kwargs={"shift": torch.ones(4).double()})
+    _, dy = check(fn, primals, tangents, kwargs={"shift": torch.ones(4).double()})
     assert dy["list"][1:] == [None, None, None] and dy["label"] is None
     check(fn, primals, (None, None, None), kwargs={"shift": torch.ones(4).double()})
 
@@ -101,6 +101,12 @@ def test_half_precision_cannot_be_judged() -> None:
     net, x = network(torch.bfloat16).eval(), random(16, 8, dtype=torch.bfloat16)
     with pytest.warns(UserWarning, match=r"too rough in torch\.bfloat16.*float64 copy"):
         check(net, (x,), (x,))
+
+
+def test_a_constant_is_no_matter_of_judgement() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(lambda x: F.relu(x - 100.0) + 1.0, (X.float(),), (D.float(),))
 
 
 def test_the_arguments_are_not_written() -> None:
