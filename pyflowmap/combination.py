@@ -157,14 +157,6 @@ class Lazy:
             "norm"
         )
 
-    def __getattr__(self, name: str) -> NoReturn:  # of what is not found: it costs nothing else
-        if not name.startswith("_") and hasattr(Tensor, name):
-            raise AttributeError(
-                f"x.{name} of a lazy combination: pfm.evaluate(...) it first (+ - * / stay lazy); it has shape, ndim, "
-                "dtype, device, requires_grad and detach()"
-            )
-        raise AttributeError(f"'Lazy' object has no attribute {name!r}")
-
     # ---- the algebra ----
 
     def __add__(self, other: Any) -> Lazy:
@@ -208,6 +200,10 @@ class Lazy:
                 return NotImplemented
         if not isinstance(h, Tensor):
             return Lazy(self.operands, tuple([_times(x, h) for x in self.coefficients]), self.versions)
+        if len(self.versions) == 1 and type(self.versions[0]) is int and type(self.coefficients[0]) is float:
+            own, recorded = self.versions[0], direct.version_of(h)  # the commonest, a microsecond sooner
+            both = own if recorded is None else Versions(own, h, recorded)
+            return Lazy(self.operands, ((self.coefficients[0], h),), (both,))
         for version in self.versions:
             if type(version) is Versions:
                 version.check()  # the product is of its numbers now
@@ -232,6 +228,24 @@ class Lazy:
         if isinstance(h, Tensor) and h.dtype != torch.float64:
             h = h.to(torch.float32)  # the reciprocal of a bfloat16 would be rounded once too often
         return self * (1.0 / h)
+
+
+class _OfTensors:
+    """What a tensor has and a lazy has not. Not `__getattr__`, which would make every attribute slower."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, x: Lazy | None, owner: type) -> NoReturn:
+        raise AttributeError(
+            f"x.{self.name} of a lazy combination: pfm.evaluate(...) it first (+ - * / stay lazy); it has shape, ndim, "
+            "dtype, device, requires_grad and detach()"
+        )
+
+
+for _name in dir(Tensor):
+    if not _name.startswith("_") and _name not in vars(Lazy):
+        setattr(Lazy, _name, _OfTensors(_name))
 
 
 def weighted(*terms: Any) -> Lazy:
