@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyflowmap.combination import Lazy, NoiseField, promoted, shapes_differ, weighted
+from pyflowmap.combination import Lazy, NoiseField, Versions, promoted, shapes_differ, weighted
 from pyflowmap.ops.backend import direct
 from pyflowmap.ops.combine import combine as combine_op
 from pyflowmap.ops.combine_run import noise_tuple
@@ -34,7 +34,8 @@ _empty_like = torch.empty_like
 def lazy(x: Tensor | Lazy) -> Lazy:
     """Wraps a tensor (*leading, *event) so that + - * build a combination instead of computing.
 
-    The combination remembers the tensor's version: evaluating it after the tensor was overwritten raises.
+    The combination remembers the tensor's version, and those of tensors that it is multiplied by: evaluating it after
+    one was overwritten raises.
     """
     if type(x) is Lazy:
         return x
@@ -164,6 +165,9 @@ def per_sample(h: Tensor, x: Tensor | Lazy) -> Tensor:
 
 def _check_versions(term: Lazy) -> None:
     for x, version in zip(term.operands, term.versions):
+        if type(version) is Versions:
+            version.check()
+            version = version.operand
         if version is not None and x._version != version:
             raise RuntimeError(
                 f"an operand {tuple(x.shape)} of this combination was overwritten after pfm.lazy(...) (version "

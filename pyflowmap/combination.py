@@ -39,6 +39,52 @@ class NoiseField:
         )
 
 
+class Versions:
+    """The version of an operand that has a coefficient tensor, and that tensor's own.
+
+    It stands where the operand's version would, and is asked for a number by C code that compares it with the operand's
+    (`__index__`): none fits where the coefficient was overwritten. So a combination of floats costs nothing more.
+    """
+
+    __slots__ = ("coefficient", "operand", "recorded")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, operand: int | None, coefficient: Tensor, recorded: int) -> None:
+        self.operand, self.coefficient, self.recorded = operand, coefficient, recorded
+
+    def __index__(self) -> int:
+        return self.operand if self.operand is not None and self.coefficient._version == self.recorded else -1
+
+    def __eq__(self, other: object) -> bool:
+        return self.operand == operand_version(other)
+
+    def check(self) -> None:
+        now = self.coefficient._version
+        if now != self.recorded:
+            raise RuntimeError(
+                f"a coefficient {tuple(self.coefficient.shape)} of this combination was overwritten after it was "
+                f"multiplied in (version {self.recorded}, now {now}); evaluate before writing, or multiply by h.clone()"
+            )
+
+
+def operand_version(version: Any) -> Any:
+    return version.operand if type(version) is Versions else version
+
+
+def _versions(operands: Sequence[Any], coefficients: Sequence[Any], versions: Sequence[Any]) -> tuple[Any, ...]:
+    """What is recorded of operands, and of the tensors among the coefficients as they are now."""
+    found = []
+    for x, c, version in zip(operands, coefficients, versions, strict=True):
+        version = operand_version(version)
+        # Without a counter, as in inference mode, C code asks none of the operand either.
+        if type(c) is tuple and (version is not None or type(x) is NoiseField):
+            recorded = direct.version_of(c[1])
+            if recorded is not None:
+                version = Versions(version, c[1], recorded)
+        found.append(version)
+    return tuple(found)
+
+
 class Lazy:
     """A linear combination sum_j c_j X_j that has not been computed. `evaluate` computes it."""
 
@@ -46,7 +92,7 @@ class Lazy:
     __array_ufunc__ = None  # numpy scalars on the left defer to __rmul__
 
     def __init__(
-        self, operands: tuple[Any, ...], coefficients: tuple[Any, ...], versions: tuple[int | None, ...]
+        self, operands: tuple[Any, ...], coefficients: tuple[Any, ...], versions: tuple[int | Versions | None, ...]
     ) -> None:
         self.operands = operands
         self.coefficients = coefficients
@@ -105,6 +151,12 @@ class Lazy:
     def __bool__(self) -> NoReturn:
         raise TypeError("a lazy combination has no truth value; pfm.evaluate(...) it first")
 
+    def __pow__(self, other: Any) -> NoReturn:
+        raise TypeError(
+            "a power of a lazy combination is not linear; pfm.evaluate(...) it first, or use pfm.inner for a squared "
+            "norm"
+        )
+
     # ---- the algebra ----
 
     def __add__(self, other: Any) -> Lazy:
@@ -146,7 +198,17 @@ class Lazy:
                 h = float(h)
             except (TypeError, ValueError):
                 return NotImplemented
-        return Lazy(self.operands, tuple([_times(x, h) for x in self.coefficients]), self.versions)
+        if not isinstance(h, Tensor):
+            return Lazy(self.operands, tuple([_times(x, h) for x in self.coefficients]), self.versions)
+        if len(self.versions) == 1 and type(self.versions[0]) is int and type(self.coefficients[0]) is float:
+            own, recorded = self.versions[0], direct.version_of(h)  # the commonest, a microsecond sooner
+            both = own if recorded is None else Versions(own, h, recorded)
+            return Lazy(self.operands, ((self.coefficients[0], h),), (both,))
+        for version in self.versions:
+            if type(version) is Versions:
+                version.check()  # the product is of its numbers now
+        coefficients = tuple([_times(x, h) for x in self.coefficients])
+        return Lazy(self.operands, coefficients, _versions(self.operands, coefficients, self.versions))
 
     __rmul__ = __mul__
 
@@ -166,6 +228,24 @@ class Lazy:
         if isinstance(h, Tensor) and h.dtype != torch.float64:
             h = h.to(torch.float32)  # the reciprocal of a bfloat16 would be rounded once too often
         return self * (1.0 / h)
+
+
+class _OfTensors:
+    """What a tensor has and a lazy has not. Not `__getattr__`, which would make every attribute slower."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, x: Lazy | None, owner: type) -> NoReturn:
+        raise AttributeError(
+            f"x.{self.name} of a lazy combination: pfm.evaluate(...) it first (+ - * / stay lazy); it has shape, ndim, "
+            "dtype, device, requires_grad and detach()"
+        )
+
+
+for _name in dir(Tensor):
+    if not _name.startswith("_") and _name not in vars(Lazy):
+        setattr(Lazy, _name, _OfTensors(_name))
 
 
 def weighted(*terms: Any) -> Lazy:
@@ -202,19 +282,24 @@ _REFLECTED = {
 }
 
 
-def _merge(a: Lazy, b: Lazy) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[int | None, ...]]:
+def _merge(a: Lazy, b: Lazy) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     operands, coefficients, versions = list(a.operands), list(a.coefficients), list(a.versions)
     for x, c, version in zip(b.operands, b.coefficients, b.versions, strict=True):
         for i, y in enumerate(operands):
             both = type(x) is NoiseField and type(y) is NoiseField
             if x is y or (both and x.same_as(y)):
-                if versions[i] != version:
+                before, after = operand_version(versions[i]), operand_version(version)
+                if before != after:
                     raise RuntimeError(
                         f"operand {i} of a combination, {tuple(x.shape)}, was overwritten between two uses "
-                        f"(version {versions[i]} and "
-                        f"{version}); evaluate before writing, or use pfm.lazy(x.clone())"
+                        f"(version {before} and "
+                        f"{after}); evaluate before writing, or use pfm.lazy(x.clone())"
                     )
+                for each in (versions[i], version):
+                    if type(each) is Versions:
+                        each.check()  # the sum is of its numbers now
                 coefficients[i] = plus(coefficients[i], c)
+                versions[i] = _versions((x,), (coefficients[i],), (version,))[0]
                 break
             if both:
                 raise ValueError(

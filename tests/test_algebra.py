@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -261,6 +262,68 @@ def test_overwritten_operand_raises(xvu):
     evaluate(0.5 * lazy(v), out=x)  # our own writes count too
     with pytest.raises(RuntimeError, match="overwritten"):
         evaluate(y)
+
+
+def test_an_overwritten_coefficient_raises(xvu):
+    x, v, _ = (t.clone() for t in xvu)
+    h, g, f = torch.rand(4), torch.rand(4), torch.rand(4, 3)
+    built = {
+        "product": lazy(x) + h * lazy(v),
+        "scaled": -2.0 * (lazy(x) - h * lazy(v)),
+        "merged": h * lazy(x) + lazy(v) + 0.5 * lazy(v),
+        "weighted": weighted(0.5, h * lazy(v), 1.0, lazy(x)),
+        "detached": (lazy(x) + h * lazy(v)).detach(),
+        "noise": lazy(x) + h * noise(x, seed=0),
+        "per frame": lazy(x) + h * lazy(v) + f * lazy(x),
+    }
+    good = {  # of products, sums and quotients of coefficients, which were computed before the write
+        "product of two": g * (h * lazy(x)),
+        "sum of two": h * lazy(x) + g * lazy(x),
+        "quotient": lazy(x) / h,
+    }
+    expected = {name: evaluate(c) for name, c in good.items()}
+    for c in built.values():
+        evaluate(c)
+    h.mul_(7.0)
+    for name, c in built.items():
+        for use in (evaluate, lambda c: evaluate(c, out=torch.empty(SHAPE)), inner, lambda c: inner(c, x)):
+            with pytest.raises(RuntimeError, match=r"coefficient .* overwritten .*clone"):
+                pytest.fail(f"{name}: {use(c)}")
+    for name, c in good.items():
+        assert torch.equal(evaluate(c), expected[name])
+        assert torch.equal(evaluate(c, out=torch.empty(SHAPE)), expected[name])
+    g.zero_()
+    assert torch.equal(evaluate(good["product of two"]), expected["product of two"])
+    with pytest.raises(RuntimeError, match="coefficient"):
+        g * built["product"]  # would be a product of the new numbers
+    with pytest.raises(RuntimeError, match="coefficient"):
+        built["product"] + h * lazy(v)
+
+
+def test_coefficient_tensors_stay_on_the_direct_road(xvu, launches):
+    x, v, _ = xvu
+    h, out = torch.rand(4), torch.empty(SHAPE)
+    assert backends.direct.update((lazy(x) + h * lazy(v),), out)
+    assert torch.equal(out, evaluate(lazy(x) + h * lazy(v)))
+    with torch.inference_mode():
+        y, k = torch.rand(SHAPE), torch.rand(4)
+        assert evaluate(h * lazy(y) + k * lazy(x), out=out) is out  # inference tensors have no counter
+        close(out, per_sample(h, y).double() * y.double() + per_sample(k, x).double() * x.double())
+
+
+def test_methods_of_tensors_name_the_cure(xvu):
+    x = lazy(xvu[0])
+    for use in (lambda: x.clamp(0, 1), lambda: x.mean(), lambda: x.T, lambda: x.view(-1), lambda: torch.clamp(x, 0, 1)):
+        with pytest.raises((AttributeError, TypeError), match=r"pfm\.evaluate\(\.\.\.\) it first"):
+            use()
+    for use in (lambda: x**2, lambda: x**x, lambda: pow(x, 0.5)):
+        with pytest.raises(TypeError, match=r"not linear.*pfm\.inner"):
+            use()
+    assert not hasattr(x, "nonsense") and not hasattr(x, "__array__") and not hasattr(x, "clamp")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        x.nonsense  # noqa: B018
+    copied = copy.copy(x)
+    assert torch.equal(evaluate(copied), xvu[0])
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ def attention(
     v: Any,  # (B, K, M, F)
     *,
     mask: Tensor | None = None,  # broadcastable to (B, H, N, M): True is seen; or numbers, added to the logits
-    lengths: Tensor | None = None,  # (B,) integers: sample b has keys j < lengths[b]
+    lengths: Tensor | None = None,  # (B,) integers from 0 to M: sample b has keys j < lengths[b]
     scale: float | None = None,
     causal: bool = False,
+    **unknown: Any,
 ) -> Any:
     """o = softmax(scale q k^T + mask) v, shape (B, H, N, F); scale defaults to 1 / sqrt(E).
 
@@ -49,11 +50,25 @@ def attention(
     >>> attention(q, torch.zeros(1, 1, 2, 4), torch.tensor([[[[1.0], [3.0]]]]))
     tensor([[[[2.]]]])
     """
+    if unknown:
+        _refuse(unknown)
     if has_torch_function((q, k, v, mask)):
         return handle_torch_function(
             attention, (q, k, v, mask), q, k, v, mask=mask, lengths=lengths, scale=scale, causal=causal
         )
     return _fused(*_call(q, k, v, mask, lengths, scale, causal))
+
+
+def _refuse(unknown: dict[str, Any]) -> None:
+    name = next(iter(unknown))
+    hints = {
+        "is_causal": "causal=",
+        "attn_mask": "mask=",
+        "enable_gqa": "no option: heads of q share those of k where these are fewer",
+        "dropout_p": "no option: it has no dropout; torch's scaled_dot_product_attention under pfm.jvp has",
+    }
+    cure = f"; here that is {hints[name]}" if name in hints else "; it has mask, lengths, scale and causal"
+    raise TypeError(f"attention has no argument {name!r}{cure}")
 
 
 def attention_dual(
@@ -89,7 +104,7 @@ def _call(q: Any, k: Any, v: Any, mask: Any, lengths: Any, scale: Any, causal: b
     device = q.device.type
     if device != "cpu" and max(e, f) > WIDEST:
         raise ValueError(f"attention: {_shapes(q, k, v)}; on {device}, heads have at most {WIDEST} channels")
-    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+    if is_autocast_on(device) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
@@ -97,7 +112,12 @@ def _call(q: Any, k: Any, v: Any, mask: Any, lengths: Any, scale: Any, causal: b
     if not q.device == k.device == v.device:
         raise ValueError(f"attention: q, k, v are on {q.device}, {k.device}, {v.device}; they must agree")
     scale = 1.0 / math.sqrt(max(e, 1)) if scale is None else float(scale)
-    return (scale, float(causal)), (q, k, v, _mask(q, m, mask), _lengths(q, lengths))
+    return (scale, float(causal)), (q, k, v, _mask(q, m, mask), _lengths(q, m, lengths))
+
+
+def is_autocast_on(device: str) -> bool:
+    """Of devices without autocast (meta), torch would not say."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _mask(q: Any, keys: int, mask: Any) -> Any:
@@ -105,9 +125,13 @@ def _mask(q: Any, keys: int, mask: Any) -> Any:
     if mask is None:
         return None
     want = (*q.shape[:3], keys)
+    if not hasattr(mask, "shape"):
+        raise TypeError(f"attention: mask is a {type(mask).__name__}; pass a tensor, or causal=True")
     shape = tuple(mask.shape)
     if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], want[::-1], strict=False)):
-        raise ValueError(f"attention: mask has shape {shape}, which does not broadcast to {want}")
+        per_sample = f"; one row per sample is ({want[0]}, 1, 1, {keys}), or lengths="
+        hint = per_sample if shape == (want[0], keys) else ""
+        raise ValueError(f"attention: mask has shape {shape}, which does not broadcast to {want}{hint}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"attention: mask is {mask.dtype}; it is bool (True is seen) or floats, added to the logits")
     if mask.requires_grad and torch.is_grad_enabled():
@@ -120,14 +144,21 @@ def _mask(q: Any, keys: int, mask: Any) -> Any:
     return mask[(None,) * (4 - len(shape))]
 
 
-def _lengths(q: Any, lengths: Any) -> Any:
+def _lengths(q: Any, keys: int, lengths: Any) -> Any:
     if lengths is None:
         return None
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"attention: lengths is a {type(lengths).__name__}; pass an int64 tensor ({q.shape[0]},)")
     if lengths.dtype.is_floating_point or lengths.dtype == torch.bool or tuple(lengths.shape) != (q.shape[0],):
         raise ValueError(
             f"attention: lengths is {lengths.dtype} of shape {tuple(lengths.shape)}; it is one integer per sample, "
             f"({q.shape[0]},)"
         )
+    known = type(lengths) is Tensor and lengths.is_cpu and not torch.compiler.is_compiling()  # without a wait
+    if known and lengths.numel() and not torch._C._functorch.is_functorch_wrapped_tensor(lengths):
+        low, high = (int(x) for x in torch.aminmax(lengths))
+        if low < 0 or high > keys:
+            raise ValueError(f"attention: lengths are from {low} to {high}; there are {keys} keys, so 0 to {keys}")
     return lengths.to(device=q.device, dtype=torch.int64)
 
 
@@ -138,6 +169,12 @@ def _shapes(*operands: Any) -> str:
 def _dense(x: Tensor | None) -> Tensor | None:
     """x, whose heads are rows of adjacent numbers."""
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _room(x: Tensor) -> Tensor:
+    """Empty, in the memory order of x if its heads are rows of adjacent numbers."""
+    like = torch.empty_like(x)
+    return like if _dense(like) is like else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 class _Attention(Fused):
@@ -155,8 +192,10 @@ class _Attention(Fused):
         q, _, v, *_ = operands
         batch, heads, queries, _ = q.shape
         # (B, N, H, F) in memory, as flash kernels leave it: heads are joined without a copy
-        shape = (batch, queries, heads, v.shape[-1])
-        out = [q.new_empty(shape).transpose(1, 2) for _ in range(1 + pair)]
+        # and no view, which autograd would not let anyone write to.
+        shape, wide = (batch, heads, queries, v.shape[-1]), heads * v.shape[-1]
+        strides = (queries * wide, v.shape[-1], wide, 1)
+        out = [q.new_empty_strided(shape, strides) for _ in range(1 + pair)]
         sums = torch.float64 if q.dtype == torch.float64 else torch.float32
         return out + [q.new_empty((batch, heads, queries), dtype=sums) for _ in range(1 + pair)]
 
@@ -177,7 +216,7 @@ class _Attention(Fused):
         dq, dk, dv = tangents or (None,) * 3
         inputs = (q, k, v, dq, dk, dv)
         wanted = (*needs[:3], *(needs[5:] or (False,) * 3))
-        found = [torch.empty_like(x) if need else None for x, need in zip(inputs, wanted, strict=True)]
+        found = [_room(x) if need else None for x, need in zip(inputs, wanted, strict=True)]
         if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
             for x in found:
                 if x is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyflowmap.ops.combine_call import STORAGE, Call, Matrix
 from pyflowmap.ops.combine_run import new_output, new_reductions, run
+from pyflowmap.ops.forward_levels import outer_levels, without_tangents
 from pyflowmap.reference import Combined, Noise
 
 _SCHEMA = (
@@ -288,10 +289,13 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def restore(ctx) -> tuple[Call, Sequence[Tensor]]:
+    def restore(ctx, in_jvp: bool = False) -> tuple[Call, Sequence[Tensor]]:
         """The call and its vectors. Asks for the saved tensors once: torch.utils.checkpoint allows no more."""
         s = ctx.static
-        scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors = ctx.saved_tensors
+        saved: Any = ctx.saved_tensors
+        scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors = (
+            without_tangents(saved) if in_jvp else saved
+        )
         noise = Noise(
             ctx.seed if seed_data is None else seed_data,
             ctx.stream if stream_data is None else stream_data,
@@ -320,9 +324,10 @@ class _Combine(torch.autograd.Function):
         s = ctx.static
         if tangents[5] is not None:
             raise ValueError("combine: mask has no tangent here; detach it, or write it as an operand")
-        call, _ = _Combine.restore(ctx)
         d_tensors = tangents[10:]
-        return flatten(tangent(call, s.vector_index, d_tensors[: s.input_count], d_tensors[s.input_count :]))
+        with outer_levels():
+            call, _ = _Combine.restore(ctx, in_jvp=True)
+            return flatten(tangent(call, s.vector_index, d_tensors[: s.input_count], d_tensors[s.input_count :]))
 
     @staticmethod
     def vmap(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .combine_roads import is_watched
+from .forward_levels import outer_levels, without_tangents
 from .fused_formula import Maybe, directional
 
 __all__ = ["KERNELS", "Call", "opaque"]
@@ -137,9 +138,9 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_forward(gy, gdy, *tensors[: n + tangents])
 
     @staticmethod
-    def _function(ctx) -> tuple[Callable, list[Tensor], list[int]]:
+    def _function(ctx, in_jvp: bool = False) -> tuple[Callable, list[Tensor], list[int]]:
         """The needed gradients as a function of those of (gy, gdy, operands, tangents) that are tensors."""
-        saved = list(ctx.saved_tensors)
+        saved: list[Any] = without_tangents(ctx.saved_tensors) if in_jvp else list(ctx.saved_tensors)
         kernel = KERNELS[ctx.name]
         places = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
         wanted = [i for i, need in enumerate(ctx.needs) if need]
@@ -169,12 +170,13 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *changes):
-        function, inputs, places = _Gradient._function(ctx)
         moved = changes[6 : 6 + 2 + ctx.n + ctx.tangents]
-        directions = tuple(
-            torch.zeros_like(x) if moved[i] is None else moved[i] for i, x in zip(places, inputs, strict=True)
-        )
-        _, derivative = directional(function, inputs, directions)
+        with outer_levels():
+            function, inputs, places = _Gradient._function(ctx, in_jvp=True)
+            directions = tuple(
+                torch.zeros_like(x) if moved[i] is None else moved[i] for i, x in zip(places, inputs, strict=True)
+            )
+            _, derivative = directional(function, inputs, directions)
         rest = iter(derivative)
         zero = inputs[0]
         return tuple(next(rest) if need else zero.new_zeros(0) for need in ctx.needs)

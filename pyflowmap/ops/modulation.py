@@ -33,9 +33,11 @@ def fitted(vector: Any, x: Any, name: str, function: str) -> None:
     if len(shape) == len(want) and shape[-1] == want[-1] and all(a in (1, b) for a, b in zip(shape, want, strict=True)):
         return
     samples = want[0] if len(want) else 1
+    first = len(shape) == 2 and len(want) > 2 and shape[1] == want[1]
+    hint = "; channels are last here, those of an image x.movedim(1, -1)" if first else ""
     raise ValueError(
         f"{function}: {name} has shape {tuple(shape)} but x has shape {tuple(want)}; pass one vector per "
-        f"sample, ({samples}, {want[-1]}), or one per token, with the dimensions of x"
+        f"sample, ({samples}, {want[-1]}), or one per token, with the dimensions of x{hint}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from . import rules
 from .call import call
+from .check import check
 from .compiler import teach_compiler
 from .dual import Dual
 from .functions import watch_functions
@@ -10,7 +11,7 @@ from .registry import Kind, MissingRule, rule
 from .tensor_dual import TensorDual
 from .verb import jvp
 
-__all__ = ["Dual", "Kind", "MissingRule", "TensorDual", "call", "jvp", "primal", "rule", "rules", "tangent"]
+__all__ = ["Dual", "Kind", "MissingRule", "TensorDual", "call", "check", "jvp", "primal", "rule", "rules", "tangent"]
 
 watch_functions()
 teach_compiler()

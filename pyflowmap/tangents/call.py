@@ -72,6 +72,8 @@ def call(function: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | Non
         return args[0] if same else _pair(dual, value, derivative)
     value = function(*values, **options)
     if kind is _CONSTANT:
+        if rule.function is not None:
+            rule.function(*args, **kwargs)
         return value
     if kind is _FRESH:
         if first_dual((args[1:], kwargs)) is not None:

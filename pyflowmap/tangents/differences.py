@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .parts import is_dual, primals
 
-__all__ = ["difference"]
+__all__ = ["difference", "moved", "scale"]
 
 
 def difference(function: Any, args: Any, kwargs: Any, dual: Any) -> tuple[Any, Any]:
@@ -19,21 +19,27 @@ def difference(function: Any, args: Any, kwargs: Any, dual: Any) -> tuple[Any, A
     differenced with one state of the generator.
     """
     value = function(*primals(args), **primals(kwargs))
-    size, span = 0.0, 0.0
-    for x in _duals([args, kwargs]):
-        if x.tangent is not None and x.primal.numel():
-            size = max(size, float(x.primal.detach().abs().amax()))
-            span = max(span, float(x.tangent.detach().abs().amax()))
-    if span == 0.0:
+    h = scale([args, kwargs])
+    if h is None:
         return value, _map(value, torch.zeros_like)
-    h = torch.finfo(dual.primal.dtype).eps ** (1 / 3) * max(size, 1.0) / span
     with torch.set_grad_enabled(torch.is_grad_enabled() and dual.tracked):
         state = torch.get_rng_state()
         ends = []
         for step in (h, -h):
             torch.set_rng_state(state)
-            ends.append(function(*_moved(args, step), **_moved(kwargs, step)))
+            ends.append(function(*moved(args, step), **moved(kwargs, step)))
     return value, _map(ends[0], lambda a, b: (a - b) / (2.0 * h), ends[1])
+
+
+def scale(tree: Any) -> float | None:
+    """h for all Duals in a tree; None where no tangent differs from zero."""
+    size, span, eps = 0.0, 0.0, 0.0
+    for x in _duals(tree):
+        if x.tangent is not None and x.primal.numel():
+            size = max(size, float(x.primal.detach().abs().amax()))
+            span = max(span, float(x.tangent.detach().abs().amax()))
+            eps = max(eps, torch.finfo(x.primal.dtype).eps)
+    return None if span == 0.0 else eps ** (1 / 3) * max(size, 1.0) / span
 
 
 def _duals(tree: Any) -> list[Any]:
@@ -44,12 +50,14 @@ def _duals(tree: Any) -> list[Any]:
     return _duals(list(tree.values())) if isinstance(tree, dict) else []
 
 
-def _moved(tree: Any, step: float) -> Any:
+def moved(tree: Any, step: float) -> Any:
+    """Every Dual in a tree as its primal + step tangent."""
     if is_dual(tree):
         return tree.primal if tree.tangent is None else torch.add(tree.primal, tree.tangent, alpha=step)
     if isinstance(tree, (list, tuple)):
-        return type(tree)([_moved(x, step) for x in tree])
-    return {k: _moved(x, step) for k, x in tree.items()} if isinstance(tree, dict) else tree
+        parts = [moved(x, step) for x in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return {k: moved(x, step) for k, x in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _map(value: Any, function: Any, other: Any = None) -> Any:

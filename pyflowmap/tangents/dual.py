@@ -46,6 +46,7 @@ class Dual:
     generation = 0
     owner = None  # (the Dual that this one is a view of, its generation)
     is_view = False
+    detached = None  # the values whose memory x.detach() gave out
 
     __array_ufunc__ = None  # numpy.float64(2) * x is left to x
 

@@ -1,7 +1,8 @@
 """Writing to a Dual: it is rebound to the new value and tangent. What cannot be right is refused.
 
 A Dual that owns its data can be rebound, and everyone who holds it sees the new pair. A view cannot: the owner would
-not see the write. A view taken before its owner was written to is stale, and using it raises.
+not see the write. A view taken before its owner was written to is stale, and using it raises. What x.detach() gave out
+is a plain tensor, which cannot raise: it is written to as well, as torch does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .parts import any_tangent, is_dual, primals, tangent
-from .registry import Rule, name_of
+from .registry import RULES, Kind, Rule, name_of, spellings
 from .registry import write as enter
 
 __all__ = ["note_view", "rebind", "write"]
@@ -27,7 +28,7 @@ def write(call: Any, rule: Rule, function: Any, args: tuple[Any, ...], kwargs: d
             "one; make the target from a Dual (torch.empty_like(x), x.new_zeros(...)), or build it with torch.cat or "
             "torch.stack"
         )
-    if target.is_view and target.tangent is None and not any_tangent((args, kwargs)):
+    if target.is_view and target.tangent is None and not any_tangent((args, kwargs)) and is_dual(target.owner[0]):
         function(*primals(args), **primals(kwargs))  # no tangent to lose: into the memory that is the owner's, too
         return target
     _refuse_view(target, function)
@@ -47,10 +48,65 @@ def rebind(target: Any, result: Any) -> Any:
             f"{tuple(target.primal.shape)}"
         )
     dtype = target.primal.dtype
-    target.primal = value.to(dtype)
-    target.tangent = None if derivative is None else derivative.to(dtype)
+    value, derivative = value.to(dtype), None if derivative is None else derivative.to(dtype)
+    if target.detached is not None:
+        value = _written(target, value, derivative)
+    target.primal, target.tangent = value, derivative
     target.generation += 1
     return target
+
+
+# ---- x.detach(): plain tensors in the memory of a Dual -----------------------------------------------------------
+
+
+class _Detached:
+    """Stands for the owner of a Dual whose new value could not stay in the memory that detached tensors have: a write
+    to one of these, which the Dual does not show, makes it stale."""
+
+    is_detached = True
+
+    def __init__(self, memories: list[Tensor], primal: Tensor, tangent: Tensor | None) -> None:
+        self.detached, self.primal, self.tangent = memories, primal, tangent
+
+    @property
+    def generation(self) -> int:
+        return sum(x._version for x in self.detached)
+
+
+def _note_detached(x: Any) -> None:
+    """The plain value of x is given out. Its owner remembers in which memory: a later write must reach it."""
+    owner = x if x.owner is None else x.owner[0]
+    if owner.detached is None:
+        owner.detached = [owner.primal]
+    elif not any(memory is owner.primal for memory in owner.detached):
+        owner.detached.append(owner.primal)
+        if not is_dual(owner):
+            x.owner = (owner, owner.generation)
+
+
+def _written(target: Any, value: Tensor, derivative: Tensor | None) -> Tensor:
+    """The new value, written to the memory of detached tensors, too, and in that memory where autograd lets it be."""
+    compiling = torch.compiler.is_compiling()
+    memories = target.detached
+    for memory in memories:
+        if memory.is_leaf and memory.requires_grad:
+            raise RuntimeError(
+                f"an in-place function writes to a Dual {tuple(value.shape)} whose value requires a gradient and was "
+                "detached before, so that x.detach() would have to show the write; use the out-of-place form, x = x + y"
+            )
+        if compiling or not torch._C._is_alias_of(value, memory):  # type: ignore[attr-defined]
+            memory.detach().copy_(value.detach())
+    if len(memories) == 1 and not value.requires_grad:
+        target.detached = [memories[0].detach()]
+        return target.detached[0]
+    if not compiling:
+        owner = _Detached(memories, value, derivative)
+        target.owner = (owner, owner.generation)
+    return value
+
+
+for _spelling in spellings("detach"):
+    RULES[_spelling] = Rule(Kind.CONSTANT, _note_detached)
 
 
 def _refuse_view(target: Any, function: Any) -> None:

@@ -110,6 +110,11 @@ def any_tangent(tree: Any) -> bool:
 def check_fresh(x: Any) -> None:
     """Raises where a Dual is a view of one that was written to since."""
     if x.owner is not None and x.owner[0].generation != x.owner[1]:
+        if type(x.owner[0]) not in DUALS and not x.is_view:
+            raise RuntimeError(
+                f"a Dual {tuple(x.primal.shape)} is used after what x.detach() gave was written to in place, which the "
+                "Dual does not show; write to x.detach().clone(), or to the Dual itself"
+            )
         raise RuntimeError(
             f"a view {tuple(x.primal.shape)} of a Dual is used after its owner was written to in place, which the view "
             "does not show; take the view after the write"

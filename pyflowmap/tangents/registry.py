@@ -55,7 +55,7 @@ class Kind(Enum):
 
 class Rule(NamedTuple):
     kind: Kind
-    function: Callable | None = None  # of TANGENT, JOINT, COMPOSITE and WRITE
+    function: Callable | None = None  # of TANGENT, JOINT, COMPOSITE and WRITE; of CONSTANT, what takes note of the call
     # Whether the value shares memory with the first argument: "no"; "yes"; "self", if it is the argument; "reshape", if
     # strides allow; "index", if the index has no tensor; "each", every one of the values with its own argument.
     view: str = "no"

@@ -31,6 +31,7 @@ class TensorDual(Tensor):
     generation = 0
     owner = None
     is_view = False
+    detached = None
 
     @staticmethod
     def __new__(

@@ -18,7 +18,7 @@ from .parts import DUALS, check_fresh, first_dual, is_dual
 from .tensor_dual import TensorDual, refused_where_sharded
 from .untracked import end
 
-__all__ = ["jvp"]
+__all__ = ["jvp", "seeded"]
 
 
 def jvp(
@@ -47,6 +47,8 @@ def jvp(
                    under DDP or FSDP
     fallback       "finite_difference": functions without a tangent rule are differenced (float32: about 3 digits)
 
+    `pfm.tangents.check` of the same arguments compares the result with plain calls of fn; once for a new network.
+
     Returns (y, dy), or (y, dy, aux): dy is a tree like y, with None for what is not a floating-point tensor.
 
     Raises MissingRule (a NotImplementedError) for a function without a tangent rule, TypeError and ValueError for
@@ -67,10 +69,7 @@ def jvp(
     if kwargs and first_dual(kwargs) is not None:
         raise TypeError("kwargs holds a Dual: tangents belong to primals, derivatives of derivatives are not supported")
     kind: Any = TensorDual if as_tensor else Dual
-    args = [
-        _seed(f"primals[{i}]", x, dx, kind, track_tangent, fallback)
-        for i, (x, dx) in enumerate(zip(primals, tangents, strict=True))
-    ]
+    args = seeded(primals, tangents, kind, track_tangent, fallback)
     running = _traced if torch.compiler.is_compiling() else _running
     if running.one:
         raise RuntimeError(
@@ -108,6 +107,14 @@ class _Traced:
 
 _running, _traced = _Running(), _Traced()
 _traced.one = False  # its own from the start: guards of the first graph look whether it is there
+
+
+def seeded(primals: Any, tangents: Any, kind: Any, tracked: bool = False, fallback: str | None = None) -> list[Any]:
+    """The arguments that fn is given."""
+    return [
+        _seed(f"primals[{i}]", x, dx, kind, tracked, fallback)
+        for i, (x, dx) in enumerate(zip(primals, tangents, strict=True))
+    ]
 
 
 def _seed(name: str, x: Any, dx: Any, kind: Any, tracked: bool, fallback: str | None) -> Any:

@@ -282,6 +282,40 @@ def test_refusals():
             attention(q, k, v, lengths=lengths)
 
 
+def test_a_result_is_no_view():
+    """A write to it is as one to the result of torch's fused attention: refused by backward, which needs the result."""
+    xs = tuple(x.requires_grad_() for x in draw(*[(2, 2, 5, 4)] * 3, dtype=torch.float32))
+    for function in (attention, F.scaled_dot_product_attention):
+        y = function(*xs)
+        assert not y._is_view()
+        y += 1.0
+        torch.testing.assert_close(y, formula(*xs) + 1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    assert attention(*xs).transpose(1, 2).is_contiguous()
+
+
+def test_messages_name_the_cure():
+    q, k, v = draw(*[(3, 4, 5, 8)] * 3)
+    for name, cure in (("is_causal", "causal="), ("attn_mask", "mask="), ("enable_gqa", "fewer"), ("msk", "lengths")):
+        with pytest.raises(TypeError, match=f"{name}.*{cure}"):
+            attention(q, k, v, **{name: True})
+    with pytest.raises(ValueError, match=r"\(3, 1, 1, 5\), or lengths="):
+        attention(q, k, v, mask=torch.ones(3, 5, dtype=torch.bool))
+    with pytest.raises(TypeError, match="pass an int64 tensor"):
+        attention(q, k, v, lengths=[1, 2, 3])
+    with pytest.raises(TypeError, match="mask is a list"):
+        attention(q, k, v, mask=[[True]])
+    for lengths in ([20, 1, 2], [0, -3, 5]):
+        with pytest.raises(ValueError, match="there are 5 keys"):
+            attention(q, k, v, lengths=torch.tensor(lengths))
+    attention(q, k, v, lengths=torch.tensor([0, 5, 2]))
+    attention(q[:0], k[:0], v[:0], lengths=torch.empty(0, dtype=torch.int64))
+    lengths = torch.tensor([[0, 5, 2], [1, 2, 3]])
+    found = torch.func.vmap(lambda n: attention(q, k, v, lengths=n))(lengths)
+    torch.testing.assert_close(found[1], attention(q, k, v, lengths=lengths[1]))
+
+
 def test_every_tick_of_the_page_is_a_test():
     page = (ROOT / "docs/attention.md").read_text()
     named = re.findall(r"`(test_\w+)`", page)

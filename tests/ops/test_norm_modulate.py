@@ -8,7 +8,7 @@ from ops.fused_roads import ROADS, Case
 from ops.row_layers import CHEAP, SHAPES, by_kernel, by_torch, instruction_sets, on, strided, wide, worst
 
 from pyflowmap import _C
-from pyflowmap.ops import norm_modulate
+from pyflowmap.ops import gated_residual, norm_modulate
 from pyflowmap.ops.norm_modulate import fused
 
 NAMES = ("x", "scale", "shift")
@@ -253,3 +253,12 @@ def test_roads_on_the_device(backend, road):
     operands, tangents, _ = ([x.to(backend.device) for x in each] for each in problem((2, 3, 20), (2, 20)))
     function = lambda x, scale, shift: norm_modulate(x, scale, shift, eps=0.05)  # noqa: E731
     ROADS[road](Case(function, formula("layer"), tuple(operands), tuple(tangents), 2e-3, 2e-3))
+
+
+def test_an_image_is_told_that_channels_are_last():
+    for function in (
+        lambda x, c: norm_modulate(x, c, c),
+        lambda x, c: gated_residual(x, c, x),
+    ):
+        with pytest.raises(ValueError, match=r"channels are last here.*movedim\(1, -1\)"):
+            function(torch.ones(2, 3, 4, 4), torch.ones(2, 3))

@@ -130,6 +130,7 @@ ACTIVATIONS = [
     Case("glu: dim", lambda x: F.glu(x, 0), lambda: (normal(4, 3),)),
     Case("prelu", F.prelu, lambda: (normal(2, 3, 4), positive(3))),
     Case("prelu: one", F.prelu, lambda: (normal(3, 4), positive(1))),
+    Case("prelu: a number", F.prelu, lambda: (-positive(), positive(1))),
 ]
 
 MASK = torch.tensor([[True, False, False, True]])

@@ -39,6 +39,7 @@ PRODUCTS = [
     Case("addmv", torch.addmv, of((3,), (3, 5), (5,))),
     Case("addr", lambda c, a, b: torch.addr(c, a, b, beta=2.0), of((3, 5), (3,), (5,))),
     Case("einsum", lambda a, b: torch.einsum("bhqd,bhkd->bhqk", a, b), of((2, 3, 4, 5), (2, 3, 6, 5))),
+    Case("einsum: lists", lambda a: torch.einsum(a, [0, 1], a, [2, 1], [0, 2]), of((2, 3)), compiled=False),
     Case("einsum: three", lambda a, b, c: torch.einsum("ij,jk,ki->i", a, b, c), of((2, 3), (3, 4), (4, 2))),
 ]
 

@@ -58,6 +58,7 @@ def interleaved(x: Tensor) -> Tensor:
 SHAPES = [
     Case("view", lambda x: x.view(3, -1), plain),
     Case("view_as", lambda x: x.view_as(torch.empty(8, 3)), plain),
+    Case("view_as: of a plain tensor", lambda x: torch.ones(x.numel(), dtype=x.dtype).view_as(x) * x, plain),
     Case("reshape", lambda x: x.mT.reshape(4, 6), cube),
     Case("reshape_as", lambda x: x.reshape_as(torch.empty(6, 4)), plain),
     Case("flatten", lambda x: x.flatten(1), cube),

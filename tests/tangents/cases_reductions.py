@@ -34,6 +34,7 @@ SUMS = [
     Case("trace", torch.trace, plain),
     Case("diff", torch.diff, plain),
     Case("diff: ends", lambda x, a, b: torch.diff(x, 1, 0, a, b), lambda: (normal(3, 4), normal(1, 4), normal(2, 4))),
+    Case("diff: none", lambda x, a: torch.diff(x, 0, 0, a), lambda: (normal(3, 4), normal(1, 4))),
     Case("diff: a constant end", lambda x: torch.diff(x, prepend=torch.ones(3, 1, dtype=x.dtype)), plain),
 ]
 

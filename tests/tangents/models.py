@@ -354,9 +354,12 @@ fails). The tests fail if what a model needs changes.
 This page is printed by `python tests/tangents/models.py`.
 
 - **Dual**: `pfm.jvp(net, primals, tangents)` as it is. `as_tensor=True` works too.
-- **as_tensor=True**: the model asks whether it was given a `torch.Tensor`; without the option the error says so. Such
-  calls go neither through the border of a module wrapped by DDP or FSDP2 nor into compiled code; where that is needed,
-  take the question out of the model: it is then a Dual's again.
+- **as_tensor=True**: the model asks whether it was given a `torch.Tensor`. Without the option, torch's functions that
+  want one raise, and the error says so; the model's own `if torch.is_tensor(t):` raises nothing, and takes the branch
+  for numbers. One call of `pfm.tangents.check(net, primals, tangents)` settles it: it compares value and tangent with
+  plain calls of the model, and names the option where they differ. Calls with the option go
+  neither through the border of a module wrapped by DDP or FSDP2 nor into compiled code; where that is needed, take the
+  question out of the model: it is then a Dual's again.
 
 | model | tangent in x | in x and time | why |
 |---|---|---|---|
@@ -365,8 +368,9 @@ This page is printed by `python tests/tangents/models.py`.
 _TAIL = """
 What does not pass, and why:
 
-- code that leaves torch: `x.item()`, `float(x)`, `x.numpy()`, `x.data_ptr()`, Python branches on values. It raises,
-  since the tangent would be lost; `x.detach()` says that the value alone is meant.
+- code that leaves torch: `x.item()`, `float(x)`, `x.numpy()`, `x.data_ptr()`, `if x:`. It raises, since the
+  tangent would be lost; `x.detach()` says that the value alone is meant. Comparisons act on the value, as in torch:
+  `if (x > 0).any():` takes the branch of the value, and the tangent is that branch's.
 - a custom `torch.autograd.Function`, a Triton or C++ operator: raises until it has a rule (`pfm.tangents.rule`).
 - reentrant checkpointing, which is such a function: `use_reentrant=False` passes.
 - `torch.jit.script` and `torch.jit.trace`: their code is made for tensors. Programs of `torch.export` take

@@ -89,6 +89,78 @@ def test_masks_broadcast(shape: tuple[int, ...], tracked: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("lead", "shape"),
+    [
+        ((6,), (6, 5, 5)),  # 3-D queries, batch and heads joined
+        ((6,), (6, 1, 5)),
+        ((6,), (1, 5, 5)),
+        ((6,), (5, 5)),
+        ((), (5, 5)),
+        ((2, 3, 4), (3, 4, 5, 5)),
+        ((2, 3, 4), (3, 1, 1, 5)),
+        ((2, 3, 4), (4, 5, 5)),
+        ((2, 3, 4), (2, 1, 4, 5, 5)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["hidden", "added"])
+def test_masks_of_any_number_of_dimensions(lead: tuple[int, ...], shape: tuple[int, ...], kind: str) -> None:
+    torch.manual_seed(1)
+    xs, dxs = draw(*lead, 5, 4, n=3), draw(*lead, 5, 4, n=3)
+    seen = torch.rand(shape) > 0.3
+    seen[..., 0] = True
+    mask = seen if kind == "hidden" else torch.zeros(shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+    expected = torch.func.jvp(lambda q, k, v: formula(q, k, v, seen), tuple(xs), tuple(dxs))
+    found = jvp_of(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), xs, dxs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+def test_heads_that_share_keys_with_any_leading_dimensions(lead: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    xs, dxs = ([torch.randn(*lead, h, 5, 4, dtype=torch.float64) for h in (6, 2, 2)] for _ in range(2))
+    mask = torch.rand(6, 5, 5) > 0.3
+    mask[..., 0] = True
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return formula(q, k.repeat_interleave(3, -3), v.repeat_interleave(3, -3), mask)
+
+    expected = torch.func.jvp(repeated, tuple(xs), tuple(dxs))
+    found = jvp_of(lambda *x: F.scaled_dot_product_attention(*x, attn_mask=mask, enable_gqa=True), xs, dxs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def channels_first(n: int, seed: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of a UNet: (B, H, C, N) in memory."""
+    qkv = torch.randn(2, 3 * 3 * 4, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return tuple(x.reshape(2, 3, 4, n).mT for x in qkv.chunk(3, 1))
+
+
+@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, pfm.ops.attention])
+@pytest.mark.parametrize("tracked", [False, True], ids=["", "tracked"])
+def test_gradients_of_channels_first_attention(attention: Any, tracked: bool) -> None:
+    """The last dimension is not adjacent in memory: as of leaves, of views, of their tangents."""
+    results = []
+    for function in (attention, formula):
+        xs, dxs = ([x.detach().requires_grad_() for x in channels_first(5, seed)] for seed in (0, 1))
+        jvp = torch.func.jvp if function is formula else pfm.jvp
+        options = {} if function is formula else {"track_tangent": tracked}
+        y, dy = jvp(function, tuple(xs), tuple(dxs), **options)
+        loss = y.sin().sum() + (dy.square().sum() if tracked else 0.0)
+        results.append(torch.autograd.grad(loss, (*xs, *(dxs if tracked else ()))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", [F.scaled_dot_product_attention, pfm.ops.attention])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_attention_on_the_meta_device(attention: Any, dropout: bool) -> None:
+    q = torch.empty(2, 3, 5, 4, device="meta")
+    options = {"dropout_p": 0.5} if dropout and attention is F.scaled_dot_product_attention else {}
+    for y in (*pfm.jvp(lambda q: attention(q, q, q, **options), (q,), (q,)), pfm.ops.attention(q, q, q)):
+        assert (y.shape, y.device.type) == ((2, 3, 5, 4), "meta")
+
+
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("tracked", [False, True])
 def test_a_query_that_sees_nothing_is_zero(recorded: bool, tracked: bool) -> None:

@@ -395,3 +395,133 @@ def test_a_write_in_a_module_that_asks_for_it() -> None:
     (x, _), (dx, _) = arguments()
     expected = torch.func.jvp(network, (x,), (dx,))
     torch.testing.assert_close(pfm.jvp(network, (x,), (dx,)), expected)
+
+
+# ---- x.detach(): a plain tensor in the same memory, which sees later writes ----
+
+
+def detached_before(x: Tensor) -> Tensor:
+    h = x * 1.0
+    old = h.detach()
+    h += 1.0
+    return h - old
+
+
+def detached_view(x: Tensor) -> Tensor:
+    h = x * 1.0
+    v = h.detach().view(-1)
+    h[0] = 5.0
+    return h * v.sum()
+
+
+def view_detached(x: Tensor) -> Tensor:
+    h = x * 1.0
+    v = h.view(-1).detach()
+    h[0] = 5.0
+    h *= 2.0
+    return h * v.sum()
+
+
+def detached_between_writes(x: Tensor) -> Tensor:
+    h = x * 1.0
+    v = h.detach()
+    h[0] = 5.0
+    w = h.detach()
+    h *= 2.0
+    u = h[:1].detach()
+    h += 1.0
+    return h * (v + w).sum() * u
+
+
+def detached_then_zeroed(x: Tensor) -> Tensor:
+    h = x * 3.0
+    v = h.detach()
+    h.zero_()
+    h += x
+    return h + v
+
+
+DETACHED = [  # of ones along ones: values and tangents by hand
+    (detached_before, [0.0, 0.0], [1.0, 1.0]),
+    (detached_view, [30.0, 6.0], [0.0, 6.0]),
+    (view_detached, [120.0, 24.0], [0.0, 24.0]),
+    (detached_between_writes, [3388.0, 924.0], [0.0, 616.0]),
+    (detached_then_zeroed, [2.0, 2.0], [1.0, 1.0]),
+]
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["dual", "tensor"])
+@pytest.mark.parametrize(("function", "value", "slope"), DETACHED, ids=lambda f: getattr(f, "__name__", ""))
+def test_detached_values_see_later_writes(
+    function: Callable, value: list[float], slope: list[float], as_tensor: bool, recorded: bool
+) -> None:
+    x = torch.ones(2).requires_grad_(recorded)
+    assert function(torch.ones(2)).tolist() == value
+    y, dy = pfm.jvp(function, (x,), (torch.ones(2),), as_tensor=as_tensor)
+    assert (y.tolist(), dy.tolist()) == (value, slope)
+
+
+def test_compiled_detached_values_see_later_writes() -> None:
+    functions, one = [row[0] for row in DETACHED], torch.ones(2)
+    compiled = torch.compile(
+        lambda x, dx: [pfm.jvp(f, (x,), (dx,)) for f in functions], backend="aot_eager", fullgraph=True
+    )
+    for (y, dy), (_, value, slope) in zip(compiled(one, one), DETACHED, strict=True):
+        assert (y.tolist(), dy.tolist()) == (value, slope)
+
+
+def test_gradients_after_a_detached_value_was_written() -> None:
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    y, dy = pfm.jvp(detached_view, (x,), (torch.ones_like(x),), track_tangent=True)
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 6.0]
+    assert not dy.requires_grad  # the tangent does not depend on x
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_write_to_a_detached_value(recorded: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        h = x * 1.0
+        v = h.detach()
+        h *= 2.0
+        v += 1.0
+        return h
+
+    x = torch.ones(2).requires_grad_(recorded)
+    if recorded:  # autograd's new value cannot stay in the old memory
+        with pytest.raises(RuntimeError, match=r"detach\(\) gave was written to"):
+            pfm.jvp(function, (x,), (torch.ones(2),))
+    else:
+        assert pfm.jvp(function, (x,), (torch.ones(2),))[0].tolist() == [3.0, 3.0]
+
+
+def test_a_view_is_stale_after_a_write_to_what_was_detached() -> None:
+    def function(x: Tensor) -> Tensor:
+        h = x * 1.0
+        h.detach()
+        h *= 2.0
+        row = h[0]
+        h *= 2.0
+        return row
+
+    for recorded in (False, True):
+        with pytest.raises(RuntimeError, match="after its owner was written to"):
+            pfm.jvp(function, (torch.ones(2).requires_grad_(recorded),), (torch.ones(2),))
+
+
+def test_a_leaf_that_was_detached_is_not_written() -> None:
+    def function(x: Tensor) -> Tensor:
+        x.detach()
+        x += 1.0
+        return x
+
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="was detached before"):
+        pfm.jvp(function, (x,), (torch.ones(2),))
+    assert x.tolist() == [1.0, 1.0]
+
+
+def test_x_data_raises() -> None:
+    for as_tensor in (False, True):
+        with pytest.raises((AttributeError, NotImplementedError)):
+            pfm.jvp(lambda x: (x * 1.0).data.mul_(2.0), (torch.ones(2),), (torch.ones(2),), as_tensor=as_tensor)

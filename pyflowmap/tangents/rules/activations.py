@@ -171,6 +171,8 @@ def _prelu(y, input, weight):
     if w.numel() > 1 and x.ndim > 2:  # a weight per channel, which is dimension 1
         shape = (-1,) + (1,) * (x.ndim - 2)
         w, dw = w.reshape(shape), None if dw is None else dw.reshape(shape)
+    elif x.ndim == 0:
+        w, dw = w.reshape(()), None if dw is None else dw.reshape(())
     positive = x > 0
     change = None if dx is None else torch.where(positive, dx, w * dx)
     if dw is not None:

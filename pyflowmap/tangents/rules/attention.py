@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyflowmap.ops.attention import WIDEST, attention_dual
+from pyflowmap.ops.attention import WIDEST, attention_dual, is_autocast_on
 
 from ..parts import primals, recording, tangent
 from ..registry import Kind, composite, rule
@@ -56,13 +56,13 @@ def _fused(q: Any, k: Any, v: Any, directions: Any, options: dict[str, Any], tra
     mask, causal = options["attn_mask"], options["is_causal"]
     if causal and length != keys:  # torch's mask starts at the first key
         mask, causal = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(), False
-    if mask is not None and mask.ndim > 4:
-        mask = _four(mask.expand(*lead, length, keys), lead)
+    if mask is not None and len(lead) > 2 and mask.ndim > 3:
+        mask = _four(mask.expand(*lead, *mask.shape[-2:]))
 
     def four(x: Any) -> Any:
         if x is None or (len(lead) == 2 and x.ndim == 4 and (options["enable_gqa"] or x.shape[:2] == lead)):
             return x
-        return _four(x if options["enable_gqa"] else x.expand(*lead, *x.shape[-2:]), lead)
+        return _four(x if options["enable_gqa"] else x.expand(*lead, *x.shape[-2:]))
 
     out, derivative = attention_dual(
         *map(four, (q, k, v)),
@@ -78,9 +78,9 @@ def _fused(q: Any, k: Any, v: Any, directions: Any, options: dict[str, Any], tra
     return out.reshape(full), derivative.reshape(full)
 
 
-def _four(x: Tensor, lead: Any) -> Tensor:
+def _four(x: Tensor) -> Tensor:
     """(..., H, a, b) as (B, H, a, b)."""
-    return x.reshape(-1, 1, *x.shape[-2:]) if len(lead) < 2 else x.flatten(0, x.ndim - 4)
+    return x[(None,) * (4 - x.ndim)] if x.ndim < 4 else x.flatten(0, x.ndim - 4)
 
 
 # ---- the plain formula: differentiable, keeps P ------------------------------------------------------------------
@@ -155,11 +155,11 @@ def _wide(x: Tensor) -> Tensor:
 
 def _value_dtype(q: Tensor) -> torch.dtype:
     device = q.device.type
-    if q.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if q.dtype != torch.float64 and is_autocast_on(device):
         return torch.get_autocast_dtype(device)
     return q.dtype
 
 
 def _without_autocast(q: Tensor) -> Any:
     device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if is_autocast_on(device) else nullcontext()

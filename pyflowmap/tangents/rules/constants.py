@@ -16,4 +16,4 @@ constant("numel", "nelement", "ndimension", "dim", "size", "stride", "storage_of
 constant("is_tensor", "is_pinned", "is_shared", "is_conj", "is_neg", "result_type", "can_cast", "shape", "dtype")
 constant("device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "itemsize", "nbytes", "__len__")
 # the value alone, because it was asked for
-constant("detach", Tensor.__repr__, Tensor.__format__)
+constant(Tensor.__repr__, Tensor.__format__)

@@ -29,6 +29,8 @@ linear(
 
 @rule("view", "view_as", view="yes")
 def _view(y, input, *size):
+    if tangent(input) is None:  # plain.view_as(dual)
+        return None
     if y.dtype != primal(input).dtype:
         raise TypeError(f"x.view({y.dtype}) reads the bits of a Dual, which have no tangent; use x.detach(), or x.to()")
     return tangent(input).reshape(y.shape)  # whose strides need not be those of the primal
@@ -56,6 +58,8 @@ for _name in ("atleast_1d", "atleast_2d", "atleast_3d"):
 
 @rule("diff")
 def _diff(y, input, n=1, dim=-1, prepend=None, append=None):
+    if n == 0:  # which gives back x without its ends
+        return tangent(input)
     if prepend is None and append is None:
         return torch.diff(tangent(input), n, dim)
     ends = [x for x in (prepend, input, append) if x is not None]

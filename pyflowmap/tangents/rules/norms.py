@@ -69,7 +69,7 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabl
     with recording(input, weight, bias):
         dnormal = None
         if dx is not None and torch.is_grad_enabled():
-            grouped = (x.shape[0], num_groups, -1)
+            grouped = (x.shape[0], num_groups, x.shape[1] // num_groups * sizes[2])
             dnormal = _normal_tangent(x.reshape(grouped), dx.reshape(grouped), (2,), eps).reshape(x.shape)
         elif dx is not None:
             x, dx = _as_statistics(mean, x, dx.contiguous(memory_format=layout))

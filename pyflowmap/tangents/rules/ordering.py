@@ -40,6 +40,8 @@ def shared(y, input, dim=None, keepdim=False):
 
 def restored(y, x, dim):
     """y with the dimensions of x back, of size 1, over which it was reduced."""
+    if x.ndim == 0:
+        return y
     dims = (dim,) if isinstance(dim, int) else dim
     for each in sorted(d % x.ndim for d in dims):
         y = y.unsqueeze(each)

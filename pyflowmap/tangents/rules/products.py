@@ -139,10 +139,11 @@ def _addr(y, input, vec1, vec2, *, beta=1, alpha=1):
 def _einsum(y, equation, *operands):
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    plain = primals(operands)
+    every = (equation, *operands)  # in the form einsum(a, [0, 1], b, [1, 2], [0, 2]) there is no equation
+    plain = primals(every)
     terms = [
-        None if tangent(x) is None else torch.einsum(equation, *plain[:i], tangent(x), *plain[i + 1 :])
-        for i, x in enumerate(operands)
+        None if tangent(x) is None else torch.einsum(*plain[:i], tangent(x), *plain[i + 1 :])
+        for i, x in enumerate(every)
     ]
     return sum_of(*terms)
 

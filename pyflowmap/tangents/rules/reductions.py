@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..parts import primal, tangent
@@ -70,7 +72,8 @@ def _d_var(y, input, dim, keepdim, correction):
     mean = x.mean(dims, keepdim=True)
     count = x.numel() // max(mean.numel(), 1)
     product = ((x - mean).conj() * dx).real if x.is_complex() else (x - mean) * dx
-    return _reduce(product, dims, keepdim) * (2.0 / (count - correction))
+    degrees = count - correction
+    return _reduce(product, dims, keepdim) * (2.0 / degrees if degrees > 0 else math.inf)  # as torch divides by zero
 
 
 def _d_std(y, input, dim, keepdim, correction):
@@ -181,6 +184,8 @@ def _prod(y, input, dim=None, keepdim=False, *, dtype=None):
 def _others(x, dim):
     """The product of all elements along `dim` but one's own: of those before and of those behind. No division, so
     that zeros are right."""
+    if x.shape[dim] == 0:
+        return x
     one = torch.ones_like(x.narrow(dim, 0, 1))
     before = torch.cat([one, x.narrow(dim, 0, x.shape[dim] - 1)], dim).cumprod(dim)
     behind = torch.cat([one, x.flip(dim).narrow(dim, 0, x.shape[dim] - 1)], dim).cumprod(dim).flip(dim)
@@ -189,6 +194,8 @@ def _others(x, dim):
 
 def _recurred(x, dx, dim):
     """d(y_i) = d(y_(i-1)) x_i + y_(i-1) dx_i, which has a derivative at zeros, too."""
+    if x.shape[dim] == 0:
+        return dx
     y, dy, parts = torch.ones_like(x.select(dim, 0)), 0.0, []
     for x_i, dx_i in zip(x.unbind(dim), dx.unbind(dim), strict=True):
         dy = dy * x_i + y * dx_i
@@ -217,18 +224,43 @@ def _cumprod(y, input, dim, *, dtype=None):
 
 @rule("logsumexp")
 def _logsumexp(y, input, dim, keepdim=False):
+    # sum softmax(x) dx. From y, which is rounded, exp(x - y) would be wrong by |y| eps.
     dx, x = _aligned(y, input)
-    top = y if keepdim or x.ndim == 0 else restored(y, x, dim)
-    return _reduce(torch.exp(x - torch.where(top.isinf(), 0.0, top)) * dx, dim, keepdim)
+    if x.ndim == 0 or x.numel() == 0:
+        return dx if x.ndim == 0 else torch.zeros_like(y)
+    weights = _shifted_exp(x, x.detach().amax(dim, keepdim=True))
+    return _quotient(_reduce(weights * dx, dim, keepdim), _reduce(weights, dim, keepdim))
 
 
 @rule("logcumsumexp")
 def _logcumsumexp(y, input, dim):
-    # sum_{j <= i} exp(x_j - y_i) dx_j, the largest exponent taken out
+    # sum_{j <= i} exp(x_j) dx_j / sum_{j <= i} exp(x_j), each prefix with its own largest exponent taken out: a scan,
+    # in which sums of 2^k terms are joined to those of the 2^k before.
     dx, x = _aligned(y, input)
-    top = x.amax(dim, keepdim=True) if x.ndim else x
-    weights = torch.exp(x - top)
-    return (weights * dx).cumsum(dim) / weights.cumsum(dim)
+    if x.ndim == 0:
+        return dx
+    wide = torch.float32 if x.itemsize == 2 else x.dtype
+    x, dx, count = x.to(wide), dx.to(wide), x.shape[dim]
+    top = x.detach()
+    weights = _shifted_exp(x, top)
+    moved, step = weights * dx, 1
+    while step < count:
+        head, tail = (0, step), (step, count - step)
+        largest = torch.maximum(top.narrow(dim, *tail), top.narrow(dim, 0, count - step))
+        own = _shifted_exp(top.narrow(dim, *tail), largest)
+        before = _shifted_exp(top.narrow(dim, 0, count - step), largest)
+        moved, weights = (
+            torch.cat([v.narrow(dim, *head), own * v.narrow(dim, *tail) + before * v.narrow(dim, 0, count - step)], dim)
+            for v in (moved, weights)
+        )
+        top = torch.cat([top.narrow(dim, *head), largest], dim)
+        step *= 2
+    return _quotient(moved, weights)
+
+
+def _shifted_exp(x, top):
+    """exp(x - top); where all is minus infinity, 0."""
+    return torch.exp(x - torch.where(top.isinf(), 0.0, top))
 
 
 @rule("softmax")
