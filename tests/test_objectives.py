@@ -1,7 +1,5 @@
 """Objectives: zero residual at the exact solution, gradients against plain torch, batch split; the training loop."""
 
-import math
-
 import pytest
 import torch
 from oracles import Gaussian
@@ -9,9 +7,8 @@ from oracles import Gaussian
 from pyflowmap import times, weights
 from pyflowmap.flow_map import FlowMap
 from pyflowmap.interpolants import Linear, Trigonometric
-from pyflowmap.nn import MLP, MLPConfig
 from pyflowmap.objectives import flow_matching, progressive
-from pyflowmap.training import Step, ema_average, fit, shuffled
+from pyflowmap.training import Step
 
 ORACLE = Gaussian()
 X1, X0 = torch.randn(2, 16, 3, generator=torch.Generator().manual_seed(3)).unbind(0)
@@ -178,14 +175,6 @@ def test_bad_input(call, error, words):
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
-def test_ema_by_hand():
-    update, a = ema_average(decay=0.5, ramp=1.0), [torch.tensor([0.0])]
-    update(a, [torch.tensor([1.0])], 0)  # decay min(.5, 0): a copy
-    assert float(a[0]) == 1.0
-    update(a, [torch.tensor([3.0])], 9)  # decay .5
-    assert float(a[0]) == 2.0
-
-
 def test_a_learned_weight_is_trained_with_the_network():
     weight = weights.learned(channels=4)
     step = Step(small(), progressive, weight=weight)
@@ -193,65 +182,3 @@ def test_a_learned_weight_is_trained_with_the_network():
     loss.backward()
     assert set(parts) == {"error", "flow_matching", "progressive"} and weight.head.bias.grad is not None
     assert {id(p) for p in weight.parameters()} <= {id(p) for p in step.parameters()}
-
-
-def test_training_learns_the_flow_map_of_a_gaussian():
-    torch.manual_seed(0)
-    data = 0.7 + 0.5 * torch.randn(4096, 1)
-    step = Step(MLP(MLPConfig(features=1, width=64, depth=2)), progressive)
-    records = []
-    batches = ((x, torch.zeros(len(x), dtype=torch.long)) for x, _ in shuffled(data, data, 256))
-
-    class Unlabelled(torch.nn.Module):  # fit passes label=
-        def __init__(self):
-            super().__init__()
-            self.network, self.step = step.network, step
-
-        def forward(self, x1, label):
-            return self.step(x1)
-
-    network = fit(Unlabelled(), batches, steps=600, label_dropout=0.0, ema=0.99, callback=records.append)
-    x = torch.randn(512, 1)
-    with torch.no_grad():
-        one = FlowMap(network).jump(x, 0.0, 1.0)
-    assert float((one - ORACLE.jump(x, 0.0, 1.0)).abs().mean()) < 0.15  # untrained: 0.56
-    assert len(records) == 600 and records[-1]["lr"] < records[300]["lr"]
-
-
-def test_training_stops_on_nan_and_skips_a_single_one():
-    def batches(bad):
-        k = 0
-        while True:
-            k += 1
-            yield torch.full((4, 3), math.nan if k in bad else 0.5), torch.zeros(4, dtype=torch.long)
-
-    class Labelled(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.network, self.inner = small(), None
-            self.step = Step(self.network, flow_matching)
-
-        def forward(self, x1, label):
-            return self.step(x1)
-
-    records = []
-    fit(Labelled(), batches({3}), steps=6, label_dropout=0.0, callback=records.append)
-    assert [r["step"] for r in records] == [1, 2, 4, 5, 6] and records[-1]["skipped"] == 1
-    with pytest.raises(FloatingPointError, match="5th in a row"):
-        fit(Labelled(), batches(range(100)), steps=50, label_dropout=0.0)
-
-
-def test_training_ends_in_time():
-    import time
-
-    begin = time.perf_counter()
-    step = Step(MLP(MLPConfig(features=3, labels=2)), progressive)
-    batches = shuffled(X1, torch.zeros(16, dtype=torch.long), 16)
-    records = []
-    fit(step, batches, steps=10**6, seconds=0.5, null_label=2, callback=records.append)
-    assert 0.4 < time.perf_counter() - begin < 3.0
-    assert records[-1]["lr"] < 0.2 * max(r["lr"] for r in records)  # annealed though cut short
-    with pytest.raises(ValueError, match="null_label"):
-        fit(step, batches, steps=1)
-    with pytest.raises(ValueError, match="batch = 17"):
-        next(shuffled(X1, X1, 17))

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def add(subparsers) -> None:
         "--objective", choices=OBJECTIVES, default=OBJECTIVES[0], help="what is learned (default: %(default)s)"
     )
     parser.add_argument("--channels", type=int, default=16, help="width of the U-Net")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=32, help="rows of an update (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     parser.add_argument("--save", default=None, help="write the flow map here too (.safetensors, weights in float16)")
     parser.set_defaults(run=run)
 
@@ -39,12 +40,9 @@ def add(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from .. import objectives
+    from .. import recipes
     from ..data import load_digits
     from ..files import writable_folder
-    from ..flow_map import FlowMap
-    from ..nn import UNet, UNetConfig
-    from ..training import Step, fit, shuffled
     from . import report
     from .quality import train_classifier
 
@@ -70,20 +68,22 @@ def run(args: argparse.Namespace) -> None:
         f"{time.perf_counter() - begin:.0f} s"
     )
 
-    network = UNet(UNetConfig(channels=args.channels)).fit(images)
     history: list[dict] = []
-    average = fit(
-        Step(network, getattr(objectives, args.objective)),
-        shuffled(images, labels, args.batch, seed=args.seed),
+    recipe: Any = recipes.load("digits")
+    recipe = replace(
+        recipe,
+        method=args.objective,
+        channels=args.channels,
         steps=args.updates,
         seconds=seconds,
+        batch=args.batch,
         lr=args.lr,
-        null_label=10,
-        callback=history.append,
-        progress=True,
+        seed=args.seed,
+        log_every=1,
+        sample_every=0,
     )
-    trained = history[-1]["seconds"]
-    model = FlowMap(average)
+    trained = recipe.trainer(callback=history.append).fit()
+    model = trained.step.flow_map(trained.ema[recipe.ema[-1]])
     if args.save is not None:  # now, so that minutes of training survive an interrupted measurement
         model.save(args.save, dtype=torch.float16)
     rows = measure(model, classifier, images, held_images, count, args.guidance, args.seed)
@@ -97,10 +97,10 @@ def run(args: argparse.Namespace) -> None:
         },
         "options": {k: v for k, v in vars(args).items() if k not in ("command", "run", "out", "save")},
         "training": {
-            "updates": history[-1]["step"],
-            "seconds": trained,
+            "updates": trained.steps,
+            "seconds": history[-1]["seconds"],
             "final_error": sum(record["error"] for record in history[-100:]) / len(history[-100:]),
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "parameters": sum(p.numel() for p in model.network.parameters()),
         },
         "real": real,
         "results": rows["results"],

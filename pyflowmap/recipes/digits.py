@@ -27,6 +27,7 @@ class Digits(Recipe):
     steps: int = 6000
     batch: int = 32
     lr: float = 2e-3
+    betas: tuple[float, float] | None = (0.9, 0.99)
     warmup: int = 50
     ema: tuple[float, ...] = (0.999,)
     sample_every: int = 500

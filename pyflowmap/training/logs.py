@@ -29,11 +29,13 @@ class Log:
         folder: Path | None,
         start: int,
         steps: int,
+        seconds: float | None = None,
         *,
         callback: Callable[[dict[str, Any]], None] | None,
         progress: bool,
     ):
         self.folder, self.callback, self.file, self.board, self.bar = folder, callback, None, None, None
+        self.steps, self.seconds = steps, seconds
         if folder is not None:
             self.path = folder / "history.jsonl"
             _cut(self.path, start)
@@ -45,7 +47,11 @@ class Log:
         if progress:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+            if seconds is None:
+                self.bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True)
+            else:  # by progress, so that the remaining time is right when the wall clock ends the run
+                shown = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+                self.bar = tqdm(total=100.0, desc="training", bar_format=shown, dynamic_ncols=True)
 
     def record(self, values: dict[str, Any]) -> None:
         if self.file is not None:
@@ -59,10 +65,16 @@ class Log:
         if self.callback is not None:
             self.callback(values)
 
-    def advance(self, step: int, loss: float, error: float) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.4g}", error=f"{error:.4g}", refresh=False)
+    def advance(self, step: int, elapsed: float, loss: float, error: float) -> None:
+        if self.bar is None:
+            return
+        shown = {"loss": f"{loss:.4g}", "error": f"{error:.4g}"}
+        if self.seconds is None:
+            self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
+        else:
+            self.bar.set_postfix({"step": step, **shown}, refresh=False)
+            self.bar.update(min(100.0 * max(step / self.steps, elapsed / self.seconds), 100.0) - self.bar.n)
 
     def picture(self, images: Tensor, step: int) -> None:
         """A grid as samples/step-….png and on the board; rewritten where the run passes this step again."""

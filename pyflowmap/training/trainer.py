@@ -203,6 +203,7 @@ class Trainer:
             self.folder if first else None,
             self.done,
             self.steps,
+            self.seconds,
             callback=self.callback if first else None,
             progress=self.progress and first,
         )
@@ -267,7 +268,7 @@ class Trainer:
             )
 
     def _tell(self, taken: Any) -> None:
-        self.log.advance(self.done, taken.loss, taken.error)
+        self.log.advance(self.done, self.elapsed, taken.loss, taken.error)
         if (self.done % self.log_every == 0 or self.done == self.steps) and self.distribution.first:
             parts = {name: float(x) for name, x in taken.parts.items()}
             record = {"step": self.done, "seconds": self.elapsed, "loss": taken.loss, "error": taken.error}

