@@ -18,6 +18,7 @@ TITLES = {
     "call": "What a call costs",
     "combine": "Solver updates: `combine`",
     "schedulers": "diffusers' schedulers",
+    "solvers": "Whole runs of solvers",
     "ode": "ODE drivers",
     "noise": "Normal numbers",
     "loss": "Losses with their gradient",
