@@ -134,13 +134,16 @@ class StepControl:
         going = ~self.lost if self.per_sample and not self.lost.all() else slice(None)
         return float((self.sign * self.t[going]).min() * self.sign)
 
-    def leap(self, end: float) -> np.ndarray:
-        """The signed length of a last step to `end`, for those that have arrived; 0 for the others."""
-        there = self.t == self.goal
-        h = np.where(there, end - self.t, 0.0)
-        self.t, self.end = np.where(there, end, self.t), end
-        self.hits = np.zeros_like(self.hits)
-        return h
+    def leap(self, to: float) -> tuple[Any, np.ndarray]:
+        """The signed length of a step from the goal straight to `to`, 0 for samples that are not there; and the times
+        that it reaches."""
+        h = np.where(self.t == self.goal, to - self.t, 0.0)
+        length = torch.from_numpy(h).to(self.device) if self.per_sample else float(h[0])
+        return length, np.where(h != 0.0, to, self.t)
+
+    def finish(self, end: float) -> None:
+        """The samples that have arrived took a last step to `end`."""
+        self.t, self.end = np.where(self.t == self.goal, end, self.t), end
 
     def marks(self) -> Tensor | None:
         """(B,) of 1, and NaN for the samples that are not finite; None where all are."""
