@@ -95,9 +95,11 @@ class View:
 
     def _row(self, t: Any, count: int) -> Tensor:
         if isinstance(t, Tensor):  # per sample
-            t = self.model_time(t).to(self.wide)  # as the rows of the table
-            t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
-            return t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
+            with _versioned():
+                t = self.model_time(t).to(self.wide)  # as the rows of the table
+                t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
+                t = t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
+                return t.clone() if self.watched and t.is_inference() else t
         found = self.rows.get((t, count))
         if found is None:  # a time that no plan foresaw
             size = (count * self.like.shape[0],)
@@ -193,7 +195,7 @@ class View:
 
 def _versioned() -> Any:
     """Inside inference_mode, too, tensors that count what is written to them."""
-    watched = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+    watched = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
     return torch.inference_mode(False) if watched else nullcontext()
 
 

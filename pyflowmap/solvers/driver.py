@@ -147,13 +147,15 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
     memory = None
     nfe = stage = turn = 0
     start = times[0]
+    now = start  # the time of the state
     state = lazy(x) if scale is None else lazy(x) * (1.0 / scale(start))
     current: Any = x if single else None
 
     def velocity(argument, *at):
         nonlocal nfe, stage, current
         nfe += 1
-        if argument is state:
+        # What the network is given of the state was written with the scale at the state's own time.
+        if argument is state and (scale is None or at[:1] == (now,)):
             if current is None:  # the first one: later ones are written with the state
                 packed = rings[1] = rings[1] or Packed.empty(x, port)
                 _write((state if scale is None else state * scale(at[0]),) * port.slots, packed.parts)
@@ -165,7 +167,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         whole, parts = mine[stage]
         stage += 1
         if scale is not None:
-            factor = scale(at[0])
+            factor = scale(_first(at))
             _write((argument * factor,) * len(parts), parts)
             return field(whole, argument if cast else lazy(parts[0]) * (1.0 / factor), *at)
         _write((argument,) * len(parts), parts)
@@ -179,7 +181,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
     lean = single and kept is None and callback is None
     for k, (s, t) in enumerate(pairs):
-        turn, stage = k & 1, 0
+        now, turn, stage = s, k & 1, 0
         result = step(velocity, state, s, t, memory)
         if type(result) is not tuple or len(result) != 2 or type(result[0]) is not Lazy:
             _refuse(result)
@@ -191,8 +193,6 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
             here = kept[k + 1]
         elif out is not None and k + 1 == steps:
             here = out
-        elif callback is not None:
-            here = torch.empty_like(x)  # the caller's to keep
         else:
             here = states[turn]
             if here is None:
@@ -208,7 +208,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
                 if rings[turn] is None:
                     rings[turn] = Packed.empty(x, port)
                 current, parts = rings[turn]
-                if not cast and kept is None and callback is None:
+                if not cast and kept is None:
                     here, parts = parts[0], parts[1:]
             fresh, buffers = memories.gather(returned if k + 1 < steps else None)
             if parts:
@@ -218,7 +218,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
             memory = memories.settle(buffers)
         state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
         if callback is not None:
-            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here.clone(), "nfe": nfe})
     memories.give_back()
     return here if kept is None else kept
 
@@ -232,6 +232,12 @@ def _write(combinations: tuple[Lazy, ...], outs: tuple[Any, ...]) -> None:
         evaluate(combinations[0], out=outs[0])
     else:
         evaluate(*combinations, out=outs)
+
+
+def _first(at: tuple) -> Any:
+    if not at:
+        raise TypeError("the step gave its velocity no time; it is velocity(x, t), or for a jump jump(x, s, t)")
+    return at[0]
 
 
 def _refuse(result: Any) -> NoReturn:
@@ -252,8 +258,8 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
     def velocity(argument, *at):
         nonlocal nfe
         nfe += 1
-        factor = 1.0 if scale is None else scale(at[0])
-        if argument is state and factor == 1.0 and dtype == x.dtype:
+        factor = 1.0 if scale is None else scale(_first(at))
+        if argument is state and factor == argument.coefficients[0] == 1.0 and dtype == x.dtype:
             whole = argument.operands[0]
         else:
             whole = evaluate(argument * factor, dtype=dtype)
@@ -291,7 +297,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         if trajectory:
             states.append(here)
         if callback is not None:
-            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here.clone(), "nfe": nfe})
     return torch.stack(states) if trajectory else here
 
 

@@ -1,4 +1,4 @@
-"""Paths whose points are a scale times those of the linear one: a state is handed in, and out, as the model knows it."""
+"""Paths whose points are a scale times those of the linear one: states go in and come out as the model knows them."""
 
 import math
 
