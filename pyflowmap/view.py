@@ -24,7 +24,7 @@ from .interpolants import Linear
 from .predictions import jump_coefficients, linear_velocity_coefficients
 from .solvers import Port
 
-__all__ = ["View"]
+__all__ = ["View", "singular_times"]
 
 
 class View:
@@ -50,7 +50,7 @@ class View:
         path = model.interpolant
         self.linear = isinstance(path, Linear)
         scale = None if self.linear else lambda t: path.scale(path.model_time(t))
-        singular = self._singular()
+        singular = singular_times(model)
         self.port = Port(slots, dtype, scale, singular if guidance is None else singular | guidance.singular)
         self.wide = torch.float64 if (dtype or like.dtype) == torch.float64 else torch.float32  # of the network's times
         self.expected = 2 if takes == "jump" else 1
@@ -61,17 +61,6 @@ class View:
     def begin(self) -> None:
         """A run starts: a guidance that remembers starts afresh."""
         self.guidance = None if self._guidance is None else self._guidance.begin()
-
-    def _singular(self) -> frozenset[float]:
-        found = []
-        for end in (0.0, 1.0):
-            try:
-                pair = linear_velocity_coefficients(self.model.prediction, self.model.interpolant, end)
-            except (ValueError, ZeroDivisionError):
-                pair = (float("inf"), 0.0)
-            if any(abs(c) > 1e12 for c in pair):
-                found.append(end)
-        return frozenset(found)
 
     # ---- times ---------------------------------------------------------------------------------------------------
 
@@ -191,6 +180,19 @@ class View:
         if isinstance(s, float) and s == t:
             return self.velocity(model, output, x, s)
         return (self._jump(model, output, x, s, t) - x) / (t - s)
+
+
+def singular_times(model: FlowMap) -> frozenset[float]:
+    """The ends of the path, in linear time, at which the network's prediction has no velocity (0/0)."""
+    found = []
+    for end in (0.0, 1.0):
+        try:
+            pair = linear_velocity_coefficients(model.prediction, model.interpolant, end)
+        except (ValueError, ZeroDivisionError):
+            pair = (float("inf"), 0.0)
+        if any(abs(c) > 1e12 for c in pair):
+            found.append(end)
+    return frozenset(found)
 
 
 def _versioned() -> Any:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ def integrate(
     out: Tensor | None = None,  # for the last state
     workspace: Workspace | None = None,
     part: tuple[int, int] | None = None,
+    model_time: Callable[[float], float] | None = None,
+    idle: int = 0,
 ) -> Any:
     """Run `solver`, or a bare step, along `grid`; return the last state, or all as (steps + 1, B, ...) with
     `trajectory`.
@@ -87,6 +89,7 @@ def integrate(
     on_nan      "raise": FloatingPointError naming step and samples. "keep": a warning; the other samples are unharmed
     workspace   keeps the run's buffers for the next run of the same shape; with `out` as well, nothing is allocated
     part        (first, of): these rows are a part of a larger batch, and so are named in reports
+    model_time, idle  reports speak of these times, and of these further steps that came before
 
     The state is looked at once, after the last step: only if it is bad are the steps rerun to find the first bad one,
     so the loop itself never waits for the device. During CUDA graph capture nothing is looked at.
@@ -115,7 +118,8 @@ def integrate(
             last = last[-1]
         capturing = last.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing and not torch.compiler.is_compiling() and not finite(last):
-            _report(run, solver, field, x, times, port, draws, on_nan, last, part)
+            told = _Told(on_nan, part, model_time or float, idle, _share(out, x))
+            _report(run, solver, field, x, times, port, draws, last, told)
         return result
 
 
@@ -311,40 +315,57 @@ class _Found(Exception):
     pass
 
 
-def _report(run, solver, field, x, times, port, draws, on_nan, last, part):
-    """Raise or warn with the first step after which the state was not finite, and which samples it was."""
-    if not finite(x):
-        rows = _samples(x, part)
-        message = f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
-        if on_nan == "raise":
+class _Told(NamedTuple):
+    """How a report is made."""
+
+    on_nan: str
+    part: tuple[int, int] | None
+    time: Callable[[float], float]
+    idle: int
+    lost: bool  # where the run started from has been written over
+
+    def __call__(self, message: str) -> None:
+        if self.on_nan == "raise":
             raise FloatingPointError(message + '; on_nan="keep" returns the others')
         warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
+
+
+def _share(out: Tensor | None, x: Tensor) -> bool:
+    return out is not None and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def _report(run, solver, field, x, times, port, draws, last, told):
+    """Raise or warn with the first step after which the state was not finite, and which samples it was."""
+    if not told.lost and not finite(x):
+        rows, start = _samples(x, told.part), told.time(times[0])
+        told(f"the state of {rows} is not finite before the first step (t = {start:g}); check the noise")
         return
-    where, rows = "the last step", _samples(last, part)
+    where, rows = "in the last step", _samples(last, told.part)
 
     def look(record):
         nonlocal where, rows
         if not finite(record["x"]):
-            steps = record["steps"] or "an adaptive run"
-            where = f"step {record['step']} of {steps} (from t = {record['s']:g} to {record['t']:g})"
-            if on_nan == "raise":
-                rows = _samples(record["x"], part)
+            steps = "an adaptive run" if record["steps"] is None else record["steps"] + told.idle
+            s, t = told.time(record["s"]), told.time(record["t"])
+            where = f"in step {record['step'] + told.idle} of {steps} (from t = {s:g} to {t:g})"
+            if told.on_nan == "raise":
+                rows = _samples(record["x"], told.part)
             raise _Found
 
-    if hasattr(field, "begin"):  # a guidance that remembers must not remember the first run
-        field.begin()
-    try:
-        with torch.no_grad():
-            run(solver, field, x, times, port, draws, False, look, False, False)
-    except _Found:
-        pass
-    message = (
-        f"the state of {rows} became NaN or infinite in {where}; look at the network's output there "
+    if told.lost:
+        where = "by the last step (out= has written over x, so the steps cannot be run again to tell which)"
+    else:
+        if hasattr(field, "begin"):  # a guidance that remembers must not remember the first run
+            field.begin()
+        try:
+            with torch.no_grad():
+                run(solver, field, x, times, port, draws, False, look, False, False)
+        except _Found:
+            pass
+    told(
+        f"the state of {rows} became NaN or infinite {where}; look at the network's output there "
         "(half precision, a guidance scale, or a prediction that is singular at that time)"
     )
-    if on_nan == "raise":
-        raise FloatingPointError(message + '; on_nan="keep" returns the others')
-    warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
 
 
 def _samples(x: Tensor, part: tuple[int, int] | None) -> str:

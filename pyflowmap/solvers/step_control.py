@@ -25,6 +25,21 @@ class Plan(NamedTuple):
     times: list  # of the stages: floats, or (B,) tensors
 
 
+def _numbers(x: Tensor) -> np.ndarray:
+    """Also under torch.func.grad and jvp, to which the lengths of steps are constants."""
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return x.numpy()
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                "torch.vmap of an adaptive solver: the lengths of its steps are numbers read from the states; give it "
+                'the batch as one state, or use a fixed grid, e.g. solver="heun"'
+            )
+        x = functorch.get_unwrapped(x)
+    return np.array([each.item() for each in x.unbind()])  # numpy() would be wrapped again
+
+
 class StepControl:
     def __init__(self, x: Tensor, start: float, end: float, per_sample: bool, order: int) -> None:
         rows = x.shape[0]
@@ -119,7 +134,7 @@ class StepControl:
 
     def _norms(self, sums: Tensor) -> np.ndarray:
         """Root mean squares per group; samples that are not finite are noted, and left out."""
-        values = sums.detach().to("cpu", torch.float64).numpy()
+        values = _numbers(sums.detach().to("cpu", torch.float64))
         with np.errstate(invalid="ignore"):
             self.lost |= ~np.isfinite(values)
         if self.per_sample:
