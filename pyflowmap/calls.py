@@ -1,9 +1,9 @@
 """How a network takes its times: adapters between `FlowMap` and other people's signatures.
 
 A call is an object with `__call__(network, x, s, t, condition)` returning the network's output tensor, s and t being
-(B,) float32 tensors. `reverses_time` says that the network's own time runs from data to noise, so that its velocities
-carry the opposite sign; `two_times` that it sees the end of the jump as well. A call may have
-`check(prediction, interpolant)`, which raises where it does not go with them.
+(B,) float32 tensors, float64 where x is, which it must not write to. `reverses_time` says that the network's own time
+runs from data to noise, so that its velocities carry the opposite sign; `two_times` that it sees the end of the jump as
+well. A call may have `check(prediction, interpolant)`, which raises where it does not go with them.
 """
 
 from __future__ import annotations

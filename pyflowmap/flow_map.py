@@ -120,7 +120,7 @@ class FlowMap:
         return self.as_jump(self.output(x, s, t, condition), x, s, t)
 
     def output(self, x: Tensor, s, t, condition: Mapping[str, Any] = {}) -> Tensor:
-        """The network's own prediction at (x, s, t). Float times become (B,) float32 tensors."""
+        """The network's own prediction at (x, s, t). Float times become (B,) float32 tensors, float64 where x is."""
         s, t = leading(_time_tensor(s, x), _time_tensor(t, x))
         output = self.call(self.network, x, s, t, condition)
         if output.shape != x.shape:
@@ -169,4 +169,5 @@ class FlowMap:
 def _time_tensor(t: Any, x: Tensor) -> Tensor:
     if isinstance(t, Tensor) or is_dual(t):
         return t.expand(x.shape[0]) if t.dim() == 0 else t
-    return torch.full((x.shape[0],), t, dtype=torch.float32, device=x.device)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.full((x.shape[0],), t, dtype=wide, device=x.device)

@@ -25,9 +25,11 @@ from .arguments import (
 )
 from .flow_map import FlowMap
 from .guidance import Guidance
-from .view import View
+from .view import View, singular_times
 
 __all__ = ["sample"]
+
+_MOST_DATA = 0.05  # alpha at the start of a grid for which noise alone is drawn
 
 
 def sample(
@@ -55,6 +57,7 @@ def sample(
     """Carry noise to data: x <- X_{s,t}(x) over the grid, or a solver's step on the velocity.
 
     With a shape, the noise is drawn from (seed, sample id): the same id gives the same picture whatever batch it is in.
+    Its standard deviation is sigma at the start of the grid, where alpha must be nearly 0 (at most 0.05).
     Without a grid, `steps` equal steps from 0 to 1. A grid that falls, say [1.0, 0.5, 0.0], carries data to noise.
 
     grid       in the model's own time. Solvers work on the linear path (see `pyflowmap.view`), whatever the model's
@@ -89,9 +92,11 @@ def sample(
     warn_of_training(model.network)
     check_seed(seed)
     chosen = solver_of(solver)
-    times = _times(chosen, steps, grid, nfe)
     given = isinstance(noise_or_shape, Tensor)
     like = like_of(model, noise_or_shape)
+    if nfe is not None:
+        steps = _affordable(model, chosen, steps, grid, nfe, guidance, like)
+    times = _times(steps, grid)
     if given and not chosen.stochastic and (seed is not None or sample_ids is not None):
         which = "seed" if seed is not None else "sample_ids"
         raise ValueError(
@@ -111,12 +116,11 @@ def sample(
         )
     if guidance is not None:
         guidance.check(chosen, grad)
-    if not grad and like.requires_grad and _under_func_grad(like):
-        raise ValueError("torch.func.grad of sample with grad=False would be zero; pass grad=True, or noise.detach()")
-    if not given and times[0] == 1.0:
+    if not grad and torch.is_grad_enabled() and _under_func_grad():
         raise ValueError(
-            f"grid begins at t = 1, the data end, and noise of shape {tuple(like.shape)} would be drawn; pass the data"
+            "torch.func.grad of sample with grad=False would be zero; pass grad=True, or sample inside torch.no_grad()"
         )
+    spread = 1.0 if given else _spread(model, times)
     if grad and not torch.is_grad_enabled():
         raise ValueError(f"grad={grad!r} under torch.no_grad() or inference_mode records nothing; leave that block")
     if grad and isinstance(grid, Tensor) and grid.requires_grad:
@@ -127,7 +131,14 @@ def sample(
     if seed is None and (not given or (chosen.stochastic and (parts or cuda_graph))):
         seed = _draw_seed(like)
     one = partial(
-        _run, model, chosen, times, seed=seed, dtype=dtype or network_dtype(model, like), trajectory=trajectory
+        _run,
+        model,
+        chosen,
+        times,
+        spread=spread,
+        seed=seed,
+        dtype=dtype or network_dtype(model, like),
+        trajectory=trajectory,
     )
     if cuda_graph:
         for name, value in (("grad", grad), ("callback", callback), ("progress", progress)):
@@ -142,8 +153,11 @@ def sample(
     if not parts:
         own: dict[str, Any] = {} if cuda_graph else {"callback": callback, "progress": progress}
         return run(like, condition, guidance, sample_ids, drawn=not given, **own)
-    if chosen.loop is not None:
-        raise ValueError(f"{chosen.name} chooses its steps for the batch that it sees; chunks would change the result")
+    if chosen.loop is not None and chosen.options.get("control") != "sample":
+        raise ValueError(
+            f"{chosen.name} chooses its steps for the batch that it sees, so chunks would change the result; with "
+            'control="sample" they do not'
+        )
     if memory_limit is not None and grad:
         raise ValueError(f"memory_limit with grad={grad!r}: what backward needs of every chunk is kept; use chunk=")
     conditions = (condition,) if guidance is None else guidance.conditions(condition)
@@ -174,6 +188,7 @@ def _run(
     sample_ids: Tensor | None,
     *,
     drawn: bool,
+    spread: float,  # the standard deviation of what is drawn
     seed: int | Tensor | None,
     dtype: torch.dtype | None,
     callback: Callable[[dict], None] | None = None,
@@ -183,7 +198,8 @@ def _run(
     """One batch, its arguments checked."""
     if drawn:
         x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        evaluate(noise(x, seed=seed, sample_ids=sample_ids), out=x)
+        start = noise(x, seed=seed, sample_ids=sample_ids)
+        evaluate(start if spread == 1.0 else start * spread, out=x)
     view = View(model, condition, guidance, takes=solver.takes, like=x, dtype=dtype)
     times = [view.linear_time(r) for r in grid]
     idle = 0 if guidance is None else guidance.idle(times)
@@ -209,6 +225,8 @@ def _run(
         seed=seed,
         sample_ids=sample_ids,
         callback=callback,
+        model_time=None if view.linear else view.model_time,
+        idle=idle,
         **options,
     )
     if isinstance(result, solvers.Adaptive):
@@ -245,14 +263,19 @@ def _after(resting: list[Tensor], times: list[float], callback: Callable[[dict],
     return told
 
 
-def _times(solver: solvers.Solver, steps: int | None, grid: Any, nfe: int | None) -> list[float]:
-    if nfe is not None:
-        if grid is not None:
-            raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
-        wanted = solver.steps_for(nfe)
-        if steps is not None and steps != wanted:
-            raise ValueError(f"steps = {steps} with nfe = {nfe}, which is {wanted} steps of {solver.name}; give one")
-        steps = wanted
+def _affordable(model, solver, steps, grid, nfe, guidance, like) -> int:
+    """How many steps `nfe` evaluations are."""
+    if grid is not None:
+        raise ValueError(f"nfe = {nfe} with a grid given; the grid says already how many steps there are")
+    path, singular = model.interpolant, singular_times(model) | getattr(guidance, "singular", frozenset())
+    linear = lambda steps: [path.linear_time(r) for r in uniform(steps)]  # noqa: E731
+    wanted = solver.steps_for(nfe, linear, singular, like, path)
+    if steps is not None and steps != wanted:
+        raise ValueError(f"steps = {steps} with nfe = {nfe}, which is {wanted} steps of {solver.name}; give one")
+    return wanted
+
+
+def _times(steps: int | None, grid: Any) -> list[float]:
     if grid is None:
         return uniform(4 if steps is None else steps)
     times = solvers.time_grid(grid)
@@ -271,9 +294,27 @@ def _draw_seed(like: Tensor) -> int | Tensor:
     return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64))
 
 
-def _under_func_grad(x: Tensor) -> bool:
-    # Plain autograd says so by itself: a result without a graph refuses backward. torch.func.grad would return zeros.
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_gradtrackingtensor(x)
+def _spread(model: FlowMap, times: Sequence[float]) -> float:
+    """The standard deviation of the noise that a grid starts from: X = alpha x1 + sigma x0 where alpha is nearly 0."""
+    start, path = times[0], model.interpolant
+    alpha = float(path.alpha(start))
+    if abs(alpha) > _MOST_DATA:
+        what = "the data end" if start == 1.0 else f"where the state is {alpha:.3g} data"
+        raise ValueError(
+            f"grid begins at t = {start:g}, {what}, and noise alone would be drawn; pass the state there, or begin at 0"
+        )
+    if times[1] < start:
+        raise ValueError(f"grid falls from t = {start:g}, and noise would be drawn for it; pass the state at {start:g}")
+    return float(path.sigma(start))
+
+
+def _under_func_grad() -> bool:
+    # Plain autograd says so by itself: a result without a graph refuses backward. torch.func.grad would return zeros;
+    # and what it differentiates by may be anywhere, in the network's closure, say.
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    grad = torch._C._functorch.TransformType.Grad
+    return any(each.key() == grad for each in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _in_model_time(callback: Callable[[dict], None], view: View) -> Callable[[dict], None]:

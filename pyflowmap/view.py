@@ -11,6 +11,7 @@ one; the network is still asked with its own (X, r).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +24,13 @@ from .interpolants import Linear
 from .predictions import jump_coefficients, linear_velocity_coefficients
 from .solvers import Port
 
-__all__ = ["View"]
+__all__ = ["View", "singular_times"]
 
 
 class View:
     """The field of `solvers.integrate` for a flow map: `view(argument, x, t)` or `view(argument, x, s, t)`."""
+
+    exact_times = True  # per-sample times may come in float64: coefficients near an end are made of 1 - t
 
     def __init__(
         self,
@@ -47,25 +50,17 @@ class View:
         path = model.interpolant
         self.linear = isinstance(path, Linear)
         scale = None if self.linear else lambda t: path.scale(path.model_time(t))
-        singular = self._singular()
+        singular = singular_times(model)
         self.port = Port(slots, dtype, scale, singular if guidance is None else singular | guidance.singular)
+        self.wide = torch.float64 if (dtype or like.dtype) == torch.float64 else torch.float32  # of the network's times
+        self.expected = 2 if takes == "jump" else 1
+        self.watched = not torch.compiler.is_compiling()
         self.rows: dict[tuple[float, int], Tensor] = {}
         self._packed: dict[Any, Mapping[str, Any]] = {}
 
     def begin(self) -> None:
         """A run starts: a guidance that remembers starts afresh."""
         self.guidance = None if self._guidance is None else self._guidance.begin()
-
-    def _singular(self) -> frozenset[float]:
-        found = []
-        for end in (0.0, 1.0):
-            try:
-                pair = linear_velocity_coefficients(self.model.prediction, self.model.interpolant, end)
-            except (ValueError, ZeroDivisionError):
-                pair = (float("inf"), 0.0)
-            if any(abs(c) > 1e12 for c in pair):
-                found.append(end)
-        return frozenset(found)
 
     # ---- times ---------------------------------------------------------------------------------------------------
 
@@ -80,27 +75,34 @@ class View:
     def prepare(self, times: Sequence[float]) -> None:
         """Put the times that the run will ask for on the device, once, as rows of a table."""
         rows = self.like.shape[0]
-        for count in {1, self.port.slots}:
-            own = torch.tensor([self.model_time(t) for t in times], dtype=torch.float32)
-            table = own.to(self.like.device)[:, None].expand(-1, count * rows).contiguous()
-            self.rows.update(zip(((t, count) for t in times), table.unbind(0)))
+        own = [self.model_time(t) for t in times]
+        with _versioned():
+            for count in {1, self.port.slots}:
+                column = torch.tensor(own, dtype=self.wide).to(self.like.device)[:, None]
+                table = column.expand(-1, count * rows).contiguous()
+                self.rows.update(zip(((t, count) for t in times), table.unbind(0)))
 
     def _row(self, t: Any, count: int) -> Tensor:
         if isinstance(t, Tensor):  # per sample
-            t = self.model_time(t).to(torch.float32)  # as the rows of the table
-            t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
-            return t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
+            with _versioned():
+                t = self.model_time(t).to(self.wide)  # as the rows of the table
+                t = t.expand(self.like.shape[0]) if t.dim() == 0 else t
+                t = t.repeat(count, *(1,) * (t.dim() - 1)) if count > 1 else t
+                return t.clone() if self.watched and t.is_inference() else t
         found = self.rows.get((t, count))
         if found is None:  # a time that no plan foresaw
             size = (count * self.like.shape[0],)
-            found = torch.full(size, self.model_time(t), dtype=torch.float32, device=self.like.device)
+            with _versioned():
+                found = torch.full(size, self.model_time(t), dtype=self.wide, device=self.like.device)
             self.rows[t, count] = found
         return found
 
     # ---- the field -----------------------------------------------------------------------------------------------
 
     def __call__(self, argument: Tensor, x: Lazy, *at: Any) -> Lazy:
-        s, t = at if len(at) == 2 else (at[0], at[0])
+        if len(at) != self.expected:
+            raise TypeError(_miscounted(self.takes, len(at)))
+        s, t = at[0], at[-1]
         if self.guidance is None:
             output = self._output(self.model, argument, s, t, 1, self.conditions[0])
             if self.takes == "jump":
@@ -149,7 +151,18 @@ class View:
         return [self._output(model, part, s, t, 1, self.conditions[i]) for i in which]
 
     def _output(self, model: FlowMap, argument: Tensor, s: Any, t: Any, count: int, condition: Any) -> Tensor:
-        return model.output(argument, self._row(s, count), self._row(t, count), condition)
+        start = self._row(s, count)
+        end = start if t is s else self._row(t, count)
+        if not self.watched:
+            return model.output(argument, start, end, condition)
+        before = start._version, end._version
+        output = model.output(argument, start, end, condition)
+        if (start._version, end._version) != before:
+            raise RuntimeError(
+                "the network changed its time argument in place (such as t.mul_), which later evaluations read; let it "
+                "make a new tensor, e.g. t * 1000"
+            )
+        return output
 
     def velocity(self, model: FlowMap, output: Tensor, x: Lazy, s: Any, t: Any = None) -> Lazy:
         """What `model` returned at x as the linear path's velocity there."""
@@ -173,6 +186,32 @@ class View:
         if isinstance(s, float) and s == t:
             return self.velocity(model, output, x, s)
         return (self._jump(model, output, x, s, t) - x) / (t - s)
+
+
+def singular_times(model: FlowMap) -> frozenset[float]:
+    """The ends of the path, in linear time, at which the network's prediction has no velocity (0/0)."""
+    found = []
+    for end in (0.0, 1.0):
+        try:
+            pair = linear_velocity_coefficients(model.prediction, model.interpolant, end)
+        except (ValueError, ZeroDivisionError):
+            pair = (float("inf"), 0.0)
+        if any(abs(c) > 1e12 for c in pair):
+            found.append(end)
+    return frozenset(found)
+
+
+def _versioned() -> Any:
+    """Inside inference_mode, too, tensors that count what is written to them."""
+    watched = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if watched else nullcontext()
+
+
+def _miscounted(takes: str, given: int) -> str:
+    if takes == "jump":
+        return f"the step gave its jump {given} times; it is jump(x, s, t), from s to t"
+    cure = '; a step of jumps says so: pfm.solvers.solver(takes="jump")(step)' if given == 2 else ""
+    return f"the step gave its velocity {given} times; it is velocity(x, t), at one time{cure}"
 
 
 def _combine(c_x: Any, x: Lazy, c_p: Any, output: Tensor) -> Lazy:

@@ -91,7 +91,7 @@ class Branches:
         size = self.like.shape[0]
         argument = self.argument.whole.narrow(0, start * size, count * size)
         time = self.views[0].model_time(t)
-        row = torch.full((count * size,), time, dtype=torch.float32, device=self.like.device)
+        row = torch.full((count * size,), time, dtype=self.views[0].wide, device=self.like.device)
         return model.output(argument, row, row, condition)
 
     def _velocity(self, k: int, view: View, x: Lazy, t: float, known: dict, asked: set[int]) -> Lazy:

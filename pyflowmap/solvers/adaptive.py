@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +18,14 @@ from .step_control import Plan, StepControl
 
 __all__ = ["Adaptive", "Tableau", "adaptive", "weigh"]
 
+_LEAST_REST = 1e-6  # several of float32's last places at 1, and an error of its square
+_LEAST_SPAN = 1e-12
+
 
 class Adaptive(NamedTuple):
     """What an adaptive run returns."""
 
-    x: Tensor  # (B, ...) the state at the last time, or (times, B, ...) with trajectory=True
+    x: Tensor  # (B, ...) the state at the last time, or (times, B, ...) with trajectory=True; on the model's own path
     converged: Tensor  # (B,) bool: reached the last time. Else x is the state where it stopped, or NaN
     nfe: int  # network evaluations, each of the whole batch
     accepted: int | Tensor  # steps; with control="sample" (B,), else one number for all
@@ -74,9 +78,23 @@ def adaptive(tableau: Tableau) -> Callable:
     _checked(tableau)
 
     def loop(solver, field, x, times, port, draws, grad, callback, progress, trajectory):
-        return _Run(tableau, solver.options, field, x, times, port, grad).through(x, callback, progress, trajectory)
+        start = x if port.scale is None else evaluate(lazy(x) * (1.0 / port.scale(times[0])), dtype=x.dtype)
+        run = _Run(tableau, solver.options, field, start, times, port, grad)
+        return run.through(x, start, callback, progress, trajectory)
 
     return loop
+
+
+def _rest(span: float, tolerance: float) -> float:
+    """How far from an end without a velocity the last Runge-Kutta step ends: of the whole span, so that it does not
+    depend on the times between, and not so little that a time there is rounded to the end."""
+    if abs(span) < _LEAST_SPAN:
+        raise ValueError(
+            f"the grid is {abs(span):.3g} long and ends where the network's prediction has no velocity (0/0); "
+            "begin it further from that end"
+        )
+    length = max(0.1 * tolerance**0.5 * abs(span), _LEAST_REST)
+    return math.copysign(min(length, 0.5 * abs(span)), span)
 
 
 class _Run:
@@ -92,15 +110,17 @@ class _Run:
         self.stages = Stages(field, x, port, len(tableau.a), bool(grad))
         self.again, self.recorded = grad == "checkpoint", bool(grad)
         self.nfe, self.taken = 0, 0
-        self.last = times[-1]
+        self.scale, self.last = port.scale, times[-1]
         if self.last in port.singular:
-            rest = min(0.1 * (options["rtol"] + options["atol"]) ** 0.5, 0.5)
-            self.last -= rest * (self.last - times[-2])
+            self.last -= _rest(times[-1] - times[0], options["rtol"] + options["atol"])
         self.control = StepControl(x, times[0], self.last, options["control"] == "sample", tableau.order)
+        if getattr(field, "exact_times", False):
+            self.control.time_type = torch.float64
 
-    def through(self, x: Tensor, callback: Any, progress: bool, trajectory: bool) -> Adaptive:
-        start, grid = x, self.times
-        kept = [x] if trajectory else None
+    def through(self, given: Tensor, x: Tensor, callback: Any, progress: bool, trajectory: bool) -> Adaptive:
+        """From `given`, which is x on the linear path; what is returned is on the model's own path again."""
+        grid = self.times
+        kept = [given] if trajectory else None
         bar = None
         if progress:
             from tqdm.auto import tqdm
@@ -108,31 +128,45 @@ class _Run:
             bar = tqdm(total=1.0, desc="sampling", leave=False, bar_format="{l_bar}{bar}| {elapsed}<{remaining}")
         if x.numel() == 0:
             self.control.t[:] = self.control.end = grid[-1]
-            return Adaptive(x if kept is None else torch.stack([x] * len(grid)), *self._outcome())
-        k = self._begin(x)
+            return Adaptive(given if kept is None else torch.stack([given] * len(grid)), *self._outcome())
+        k, sign = self._begin(x), self.control.sign
+        seen = given
         for goal in grid[1:] if trajectory else grid[-1:]:
-            ends = goal == grid[-1]
-            x, k = self._towards(self.last if ends else goal, x, k, callback, bar)
-            if ends and goal != self.last:
-                h = self.control.plan(self.control.leap(goal), ()).h
-                x = tensor_of(lazy(x) + k * h, x.dtype)
+            beyond = sign * (goal - self.last) > 0.0  # near an end without a velocity: straight on from `last`
+            x, k = self._towards(self.last if beyond else goal, x, k, callback, bar)
+            if beyond:
+                h, reached = self.control.leap(goal)
+                seen = self._shown(tensor_of(lazy(x) + k * h, x.dtype), reached)
+            else:
+                seen = self._shown(x)
             if kept is not None:
-                marked = self._marked(x)
-                kept.append(marked.clone() if marked is x and not self.recorded else marked)
+                kept.append(seen.clone() if seen is x and not self.recorded else seen)
+        if self.last != grid[-1]:
+            self.control.finish(grid[-1])
         if bar is not None:
             bar.close()
         if kept is not None:
             return Adaptive(torch.stack(kept), *self._outcome())
-        x = self._marked(x)
-        return Adaptive(x.clone() if x is start else x, *self._outcome())
+        return Adaptive(seen.clone() if seen is given else seen, *self._outcome())
 
     def _outcome(self) -> tuple:
         converged, *rest = self.control.outcome()
         return converged, self.nfe, *rest
 
-    def _marked(self, x: Tensor) -> Tensor:
-        marks = self.control.marks()
-        return x if marks is None else evaluate(lazy(x) * marks, dtype=x.dtype)
+    def _shown(self, x: Tensor, times: np.ndarray | None = None) -> Tensor:
+        """x on the model's own path at the times that the samples have reached; NaN for those that are lost."""
+        factor: Any = self.control.marks()
+        if self.scale is not None:
+            scale = self._scales(self.control.t if times is None else times)
+            factor = scale if factor is None else factor * scale
+        return x if factor is None else evaluate(lazy(x) * factor, dtype=x.dtype)
+
+    def _scales(self, times: np.ndarray) -> Any:
+        """The path's scale at `times`: one number where they agree, else (B,)."""
+        assert self.scale is not None
+        if (times == times[0]).all():
+            return self.scale(float(times[0]))
+        return torch.tensor([self.scale(each) for each in times.tolist()], dtype=torch.float64).to(self.control.device)
 
     def _begin(self, x: Tensor) -> Lazy:
         """The first velocity and the length of the first step. Hairer, Norsett & Wanner 1993, II.4."""
@@ -169,14 +203,14 @@ class _Run:
             if bar is not None:
                 bar.update(abs(control.slowest() - before) / abs(self.times[-1] - self.times[0]))
             if callback is not None:
-                seen = self._marked(x)
+                seen = self._shown(x)
                 callback(
                     {
                         "step": self.taken,
                         "steps": None,
                         "s": before,
                         "t": control.slowest(),
-                        "x": seen.clone() if seen is x and not self.recorded else seen,
+                        "x": seen.clone() if seen is x else seen,
                         "nfe": self.nfe,
                     }
                 )

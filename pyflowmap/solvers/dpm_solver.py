@@ -88,19 +88,6 @@ def _multistep(velocity, x, s, t, memory, order, eta, kind, start, lower_order_f
     return after, None if ended or order == 1 else (D, s, old if order == 3 else None, s1 if order == 3 else None)
 
 
-def _spends(order):
-    """Evaluations of a number of equal steps from 0 to 1: one each, one more for a starting step."""
-
-    def spends(steps, *, eta, start, lower_order_final, **_):
-        total = steps
-        for k in range(1, steps):  # from t_{k-1}; t_1, ..., t_{k-1} are its history. The last, to the data, takes one
-            wanted = min(order, steps - k + 1) if lower_order_final else order
-            total += start == "full" and not eta and wanted > max(k - 1, 1)
-        return total
-
-    return spends
-
-
 @solver(order=1, nfe=1, stochastic=True, check=check)
 def dpm_solver_pp_1(velocity, x, s, t, memory, *, eta=0.0):
     """DPM-Solver++(1): x' = (1-t)/(1-s) e^{-eta h} x + t (1 - e^{-(1+eta) h}) D + (1-t) sqrt(1 - e^{-2 eta h}) z.
@@ -117,7 +104,7 @@ def dpm_solver_pp_1(velocity, x, s, t, memory, *, eta=0.0):
     return _multistep(velocity, x, s, t, None, 1, eta, "exact", "low", False)
 
 
-@solver(order=2, nfe=1, starting=2, stochastic=True, nodes=nodes, spends=_spends(2), check=check)
+@solver(order=2, nfe=1, starting=2, stochastic=True, nodes=nodes, check=check)
 def dpm_solver_pp_2m(velocity, x, s, t, memory, *, eta=0.0, variant="midpoint", start="full", lower_order_final=False):
     """DPM-Solver++(2M): D extrapolated linearly in lambda through its last two values. Order 2, 1 NFE per step.
 
@@ -139,7 +126,7 @@ def dpm_solver_pp_2m(velocity, x, s, t, memory, *, eta=0.0, variant="midpoint", 
     return _multistep(velocity, x, s, t, memory, 2, eta, variant, start, lower_order_final)
 
 
-@solver(order=3, nfe=1, starting=3, stochastic=True, nodes=nodes, spends=_spends(3), check=check)
+@solver(order=3, nfe=1, starting=3, stochastic=True, nodes=nodes, check=check)
 def dpm_solver_pp_3m(
     velocity, x, s, t, memory, *, eta=0.0, coefficients="exact", start="full", lower_order_final=False
 ):
@@ -209,7 +196,7 @@ def _singlestep(velocity, x, s, t, eta):
     return a * x + c * D_m + (n * before / n_m) * (inside - point) + (n * beyond) * velocity.noise()
 
 
-@solver(order=2, nfe=2, nodes=_inner_node, spends=lambda steps: 2 * steps - 1)
+@solver(order=2, nfe=2, nodes=_inner_node)
 def dpm_solver_pp_2s(velocity, x, s, t, memory):
     """DPM-Solver++(2S), r = 1/2: the midpoint rule in lambda, on the exponential integrator. Order 2, 2 NFE per step.
 
@@ -231,7 +218,6 @@ def dpm_solver_pp_2s(velocity, x, s, t, memory):
     nfe=2,
     stochastic=True,
     nodes=_inner_node,
-    spends=lambda steps, eta: max(2 * steps - 2, 1),
     check=check,
 )
 def dpm_solver_pp_sde(velocity, x, s, t, memory, *, eta=1.0):

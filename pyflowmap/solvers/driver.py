@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,6 +74,8 @@ def integrate(
     out: Tensor | None = None,  # for the last state
     workspace: Workspace | None = None,
     part: tuple[int, int] | None = None,
+    model_time: Callable[[float], float] | None = None,
+    idle: int = 0,
 ) -> Any:
     """Run `solver`, or a bare step, along `grid`; return the last state, or all as (steps + 1, B, ...) with
     `trajectory`.
@@ -87,6 +89,7 @@ def integrate(
     on_nan      "raise": FloatingPointError naming step and samples. "keep": a warning; the other samples are unharmed
     workspace   keeps the run's buffers for the next run of the same shape; with `out` as well, nothing is allocated
     part        (first, of): these rows are a part of a larger batch, and so are named in reports
+    model_time, idle  reports speak of these times, and of these further steps that came before
 
     The state is looked at once, after the last step: only if it is bad are the steps rerun to find the first bad one,
     so the loop itself never waits for the device. During CUDA graph capture nothing is looked at.
@@ -115,7 +118,8 @@ def integrate(
             last = last[-1]
         capturing = last.is_cuda and torch.cuda.is_current_stream_capturing()
         if not capturing and not torch.compiler.is_compiling() and not finite(last):
-            _report(run, solver, field, x, times, port, draws, on_nan, last, part)
+            told = _Told(on_nan, part, model_time or float, idle, _share(out, x))
+            _report(run, solver, field, x, times, port, draws, last, told)
         return result
 
 
@@ -147,13 +151,15 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
     memory = None
     nfe = stage = turn = 0
     start = times[0]
+    now = start  # the time of the state
     state = lazy(x) if scale is None else lazy(x) * (1.0 / scale(start))
     current: Any = x if single else None
 
     def velocity(argument, *at):
         nonlocal nfe, stage, current
         nfe += 1
-        if argument is state:
+        # What the network is given of the state was written with the scale at the state's own time.
+        if argument is state and (scale is None or at[:1] == (now,)):
             if current is None:  # the first one: later ones are written with the state
                 packed = rings[1] = rings[1] or Packed.empty(x, port)
                 _write((state if scale is None else state * scale(at[0]),) * port.slots, packed.parts)
@@ -165,7 +171,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         whole, parts = mine[stage]
         stage += 1
         if scale is not None:
-            factor = scale(at[0])
+            factor = scale(_first(at))
             _write((argument * factor,) * len(parts), parts)
             return field(whole, argument if cast else lazy(parts[0]) * (1.0 / factor), *at)
         _write((argument,) * len(parts), parts)
@@ -179,7 +185,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
         pairs = tqdm(pairs, desc="sampling", unit="step", leave=False)
     lean = single and kept is None and callback is None
     for k, (s, t) in enumerate(pairs):
-        turn, stage = k & 1, 0
+        now, turn, stage = s, k & 1, 0
         result = step(velocity, state, s, t, memory)
         if type(result) is not tuple or len(result) != 2 or type(result[0]) is not Lazy:
             _refuse(result)
@@ -191,8 +197,6 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
             here = kept[k + 1]
         elif out is not None and k + 1 == steps:
             here = out
-        elif callback is not None:
-            here = torch.empty_like(x)  # the caller's to keep
         else:
             here = states[turn]
             if here is None:
@@ -208,7 +212,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
                 if rings[turn] is None:
                     rings[turn] = Packed.empty(x, port)
                 current, parts = rings[turn]
-                if not cast and kept is None and callback is None:
+                if not cast and kept is None:
                     here, parts = parts[0], parts[1:]
             fresh, buffers = memories.gather(returned if k + 1 < steps else None)
             if parts:
@@ -218,7 +222,7 @@ def _run(solver, field, x, times, port, draws, grad, callback, progress, traject
             memory = memories.settle(buffers)
         state = lazy(here) if factor == 1.0 else lazy(here) * (1.0 / factor)
         if callback is not None:
-            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here.clone(), "nfe": nfe})
     memories.give_back()
     return here if kept is None else kept
 
@@ -232,6 +236,12 @@ def _write(combinations: tuple[Lazy, ...], outs: tuple[Any, ...]) -> None:
         evaluate(combinations[0], out=outs[0])
     else:
         evaluate(*combinations, out=outs)
+
+
+def _first(at: tuple) -> Any:
+    if not at:
+        raise TypeError("the step gave its velocity no time; it is velocity(x, t), or for a jump jump(x, s, t)")
+    return at[0]
 
 
 def _refuse(result: Any) -> NoReturn:
@@ -252,8 +262,8 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
     def velocity(argument, *at):
         nonlocal nfe
         nfe += 1
-        factor = 1.0 if scale is None else scale(at[0])
-        if argument is state and factor == 1.0 and dtype == x.dtype:
+        factor = 1.0 if scale is None else scale(_first(at))
+        if argument is state and factor == argument.coefficients[0] == 1.0 and dtype == x.dtype:
             whole = argument.operands[0]
         else:
             whole = evaluate(argument * factor, dtype=dtype)
@@ -291,7 +301,7 @@ def _recorded(solver, field, x, times, port, draws, grad, callback, progress, tr
         if trajectory:
             states.append(here)
         if callback is not None:
-            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here, "nfe": nfe})
+            callback({"step": k + 1, "steps": steps, "s": s, "t": t, "x": here.clone(), "nfe": nfe})
     return torch.stack(states) if trajectory else here
 
 
@@ -305,40 +315,57 @@ class _Found(Exception):
     pass
 
 
-def _report(run, solver, field, x, times, port, draws, on_nan, last, part):
-    """Raise or warn with the first step after which the state was not finite, and which samples it was."""
-    if not finite(x):
-        rows = _samples(x, part)
-        message = f"the state of {rows} is not finite before the first step (t = {times[0]:g}); check the noise"
-        if on_nan == "raise":
+class _Told(NamedTuple):
+    """How a report is made."""
+
+    on_nan: str
+    part: tuple[int, int] | None
+    time: Callable[[float], float]
+    idle: int
+    lost: bool  # where the run started from has been written over
+
+    def __call__(self, message: str) -> None:
+        if self.on_nan == "raise":
             raise FloatingPointError(message + '; on_nan="keep" returns the others')
         warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
+
+
+def _share(out: Tensor | None, x: Tensor) -> bool:
+    return out is not None and out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def _report(run, solver, field, x, times, port, draws, last, told):
+    """Raise or warn with the first step after which the state was not finite, and which samples it was."""
+    if not told.lost and not finite(x):
+        rows, start = _samples(x, told.part), told.time(times[0])
+        told(f"the state of {rows} is not finite before the first step (t = {start:g}); check the noise")
         return
-    where, rows = "the last step", _samples(last, part)
+    where, rows = "in the last step", _samples(last, told.part)
 
     def look(record):
         nonlocal where, rows
         if not finite(record["x"]):
-            steps = record["steps"] or "an adaptive run"
-            where = f"step {record['step']} of {steps} (from t = {record['s']:g} to {record['t']:g})"
-            if on_nan == "raise":
-                rows = _samples(record["x"], part)
+            steps = "an adaptive run" if record["steps"] is None else record["steps"] + told.idle
+            s, t = told.time(record["s"]), told.time(record["t"])
+            where = f"in step {record['step'] + told.idle} of {steps} (from t = {s:g} to {t:g})"
+            if told.on_nan == "raise":
+                rows = _samples(record["x"], told.part)
             raise _Found
 
-    if hasattr(field, "begin"):  # a guidance that remembers must not remember the first run
-        field.begin()
-    try:
-        with torch.no_grad():
-            run(solver, field, x, times, port, draws, False, look, False, False)
-    except _Found:
-        pass
-    message = (
-        f"the state of {rows} became NaN or infinite in {where}; look at the network's output there "
+    if told.lost:
+        where = "by the last step (out= has written over x, so the steps cannot be run again to tell which)"
+    else:
+        if hasattr(field, "begin"):  # a guidance that remembers must not remember the first run
+            field.begin()
+        try:
+            with torch.no_grad():
+                run(solver, field, x, times, port, draws, False, look, False, False)
+        except _Found:
+            pass
+    told(
+        f"the state of {rows} became NaN or infinite {where}; look at the network's output there "
         "(half precision, a guidance scale, or a prediction that is singular at that time)"
     )
-    if on_nan == "raise":
-        raise FloatingPointError(message + '; on_nan="keep" returns the others')
-    warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
 
 
 def _samples(x: Tensor, part: tuple[int, int] | None) -> str:

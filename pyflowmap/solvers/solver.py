@@ -29,7 +29,6 @@ class Solver:
     stochastic  whether it draws noise
     nodes       nodes(s, t, **options): the times inside a step at which it asks the network, beside s and t
     plan        plan(times, **options): the times that it visits for a grid, where not the grid itself; None as usual
-    spends      spends(steps, **options): evaluations of `steps` equal steps from 0 to 1, where not each takes `nfe`
     loop        its own loop in place of the driver's, for adaptive solvers
     check       check(**options): raises for options out of range
     options     the step's keyword options; `using` changes them
@@ -44,7 +43,6 @@ class Solver:
     stochastic: bool = False
     nodes: Callable[..., Sequence[float]] | None = None
     plan: Callable[..., list[float]] | None = None
-    spends: Callable[..., int] | None = None
     loop: Callable | None = None
     check: Callable | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -83,8 +81,21 @@ class Solver:
                 inside.extend(self.nodes(s, t, **self.options))
         return list(dict.fromkeys([*times, *inside]))
 
-    def steps_for(self, nfe: int) -> int:
-        """The number of steps that spend exactly `nfe` network evaluations; raises ValueError where none does."""
+    def steps_for(
+        self,
+        nfe: int,
+        times: Callable[[int], list[float]] | None = None,
+        singular: frozenset[float] = frozenset(),
+        like: Tensor | None = None,
+        path: Any = None,
+    ) -> int:
+        """The number of steps that spend exactly `nfe` network evaluations; raises ValueError where none does.
+
+        `times(steps)` are the linear times of so many steps on the interpolant `path`, equal ones if None; `singular`
+        those without a velocity; `like` a tensor like the state, which is not read.
+        """
+        from . import budget
+
         if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
             raise ValueError(f"nfe = {nfe!r}; it is a whole number, at least 1")
         if self.loop is not None:
@@ -96,24 +107,7 @@ class Solver:
             )
         if self.plan is not None and len(self.visits([0.0, 0.5, 1.0])) != 3:
             raise ValueError(f"{self.name} visits more times than its grid has, so nfe = {nfe} is not met; pass steps")
-        if self.spends is not None:
-            spent = [self.spends(steps, **self.options) for steps in range(1, nfe + 2)]
-            if nfe in spent:
-                return spent.index(nfe) + 1
-            near = [*[n for n in spent if n < nfe][-1:], *[n for n in spent if n > nfe][:1]]
-            offers = " or ".join(map(str, near))
-            raise ValueError(f"nfe = {nfe} can't be met: {self.name} can spend {offers}")
-        starting = self.starting if self.options.get("start", "full") == "full" else 0
-        steps, over = divmod(nfe - starting, self.nfe)
-        if over or steps < 1:
-            least = starting + self.nfe
-            low = max(starting + steps * self.nfe, least)
-            offers = f"{low}" if low > nfe else f"{low} or {low + self.nfe}"
-            extra = f" and {starting} to start" if starting else ""
-            raise ValueError(
-                f"nfe = {nfe} can't be met: {self.name} takes {self.nfe} evaluations per step{extra}; {offers} can"
-            )
-        return steps
+        return budget.steps_for(self, nfe, times or _equal, singular, like, path)
 
     def __call__(self, field: Callable, x: Tensor, grid: Sequence[float] | Tensor, **options: Any) -> Any:
         """Integrate `field`: velocity(x, t) -> tensor, or jump(x, s, t) -> tensor, along `grid`. See `integrate`.
@@ -128,6 +122,10 @@ class Solver:
         own = {name: options.pop(name) for name in self.options if name in options}
         made = self.using(**own) if own else self
         return integrate(made, partial(_asked, field), x, grid, **options)
+
+
+def _equal(steps: int) -> list[float]:
+    return [k / steps for k in range(steps + 1)]
 
 
 @lru_cache(maxsize=1)

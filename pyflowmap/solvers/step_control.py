@@ -25,6 +25,21 @@ class Plan(NamedTuple):
     times: list  # of the stages: floats, or (B,) tensors
 
 
+def _numbers(x: Tensor) -> np.ndarray:
+    """Also under torch.func.grad and jvp, to which the lengths of steps are constants."""
+    functorch = torch._C._functorch
+    if not functorch.is_functorch_wrapped_tensor(x):
+        return x.numpy()
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            raise RuntimeError(
+                "torch.vmap of an adaptive solver: the lengths of its steps are numbers read from the states; give it "
+                'the batch as one state, or use a fixed grid, e.g. solver="heun"'
+            )
+        x = functorch.get_unwrapped(x)
+    return np.array([each.item() for each in x.unbind()])  # numpy() would be wrapped again
+
+
 class StepControl:
     def __init__(self, x: Tensor, start: float, end: float, per_sample: bool, order: int) -> None:
         rows = x.shape[0]
@@ -119,7 +134,7 @@ class StepControl:
 
     def _norms(self, sums: Tensor) -> np.ndarray:
         """Root mean squares per group; samples that are not finite are noted, and left out."""
-        values = sums.detach().to("cpu", torch.float64).numpy()
+        values = _numbers(sums.detach().to("cpu", torch.float64))
         with np.errstate(invalid="ignore"):
             self.lost |= ~np.isfinite(values)
         if self.per_sample:
@@ -134,13 +149,16 @@ class StepControl:
         going = ~self.lost if self.per_sample and not self.lost.all() else slice(None)
         return float((self.sign * self.t[going]).min() * self.sign)
 
-    def leap(self, end: float) -> np.ndarray:
-        """The signed length of a last step to `end`, for those that have arrived; 0 for the others."""
-        there = self.t == self.goal
-        h = np.where(there, end - self.t, 0.0)
-        self.t, self.end = np.where(there, end, self.t), end
-        self.hits = np.zeros_like(self.hits)
-        return h
+    def leap(self, to: float) -> tuple[Any, np.ndarray]:
+        """The signed length of a step from the goal straight to `to`, 0 for samples that are not there; and the times
+        that it reaches."""
+        h = np.where(self.t == self.goal, to - self.t, 0.0)
+        length = torch.from_numpy(h).to(self.device) if self.per_sample else float(h[0])
+        return length, np.where(h != 0.0, to, self.t)
+
+    def finish(self, end: float) -> None:
+        """The samples that have arrived took a last step to `end`."""
+        self.t, self.end = np.where(self.t == self.goal, end, self.t), end
 
     def marks(self) -> Tensor | None:
         """(B,) of 1, and NaN for the samples that are not finite; None where all are."""

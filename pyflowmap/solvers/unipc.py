@@ -149,11 +149,7 @@ def unipc_2(velocity, x, s, t, memory, *, variant="bh2", corrector=True, lower_o
     return _step(velocity, x, s, t, memory, 2, variant, corrector, "low", lower_order_final)
 
 
-def _spends(steps, *, start, **_):
-    return steps + 3 * min(steps - 1, 2) if start == "full" else steps
-
-
-@solver(order=4, nfe=1, starting=6, nodes=nodes, spends=_spends, check=check)
+@solver(order=4, nfe=1, starting=6, nodes=nodes, check=check)
 def unipc_3(velocity, x, s, t, memory, *, variant="bh2", corrector=True, start="full", lower_order_final=False):
     """UniPC-3: predicted from three data predictions, corrected with a fourth. Order 4, 1 NFE per step.
 

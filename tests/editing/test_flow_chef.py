@@ -42,7 +42,7 @@ def model(net=network, **options):
 def by_hand(x, grid, gradient, rate, inner, until=1.0, w=1.0):
     """The paper's loop, one gradient step after the other, each moving x itself."""
     for s, t in zip(grid, grid[1:]):
-        time = torch.full((len(x),), s, dtype=torch.float32)
+        time = torch.full((len(x),), s, dtype=torch.promote_types(x.dtype, torch.float32))
         null = network(x, time, 0 * LABEL)
         v = null + w * (network(x, time, LABEL) - null)
         if s < until:

@@ -60,7 +60,7 @@ def by_hand(velocity, x_source, grid, c_source, c_target, seed, ordinary=0, draw
 
 
 def plain(x, t, label):
-    return nonlinear(x, torch.full((len(x),), t, dtype=torch.float32), label)
+    return nonlinear(x, torch.full((len(x),), t, dtype=torch.promote_types(x.dtype, torch.float32)), label)
 
 
 LABELS = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 0.5, 1.0])
