@@ -131,8 +131,8 @@ def check_inputs(
             raise TypeError(f"{name} is {type(each).__name__}; wrap the network: pfm.FlowMap(network, call=...)")
     if teacher is not None and teacher.interpolant != flow_map.interpolant:
         raise ValueError(
-            f"the teacher's path is {teacher.interpolant}, the flow map's {flow_map.interpolant}; a velocity belongs to "
-            "one path, give both the same interpolant="
+            f"the teacher's path is {teacher.interpolant}, the flow map's {flow_map.interpolant}; a velocity "
+            "belongs to one path, give both the same interpolant="
         )
     if not callable(weight):
         raise TypeError(

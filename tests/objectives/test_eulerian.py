@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from objectives.plain import Tiny, assert_same, data, gradients, pairs
 from oracles import Gaussian
 
-from objectives.plain import Tiny, assert_same, data, gradients, pairs
 from pyflowmap import FlowMap, weights
 from pyflowmap.interpolants import Trigonometric
 from pyflowmap.objectives import eulerian
