@@ -46,6 +46,7 @@ def network(x, s, t, label=None):
 CASES = {
     "flow_matching": (objectives.flow_matching, {}),
     "lagrangian": (objectives.lagrangian, {"diagonal": 0.5}),
+    "alpha_flow": (objectives.alpha_flow, {"equal": 0.5}),
     "eulerian": (objectives.eulerian, {"diagonal": 0.5}),
     "progressive_u": (objectives.progressive, {"diagonal": 0.5, "split": "uniform"}),
     "mean_flow": (objectives.mean_flow, {"equal": 0.5, "guidance": baked_guidance(2.0, null={"label": 10}, drop=0.5)}),
