@@ -2,8 +2,10 @@
 
 from .alpha_flow import alpha_flow, alpha_schedule
 from .baked_guidance import baked_guidance
+from .embedded_guidance import embedded_guidance
 from .eulerian import eulerian
 from .flow_matching import flow_matching
+from .improved_mean_flow import improved_mean_flow
 from .lagrangian import lagrangian
 from .loss import Loss
 from .mean_flow import mean_flow
@@ -14,8 +16,10 @@ __all__ = [
     "alpha_flow",
     "alpha_schedule",
     "baked_guidance",
+    "embedded_guidance",
     "eulerian",
     "flow_matching",
+    "improved_mean_flow",
     "lagrangian",
     "mean_flow",
     "progressive",
