@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyflowmap import FlowMap, objectives, times
-from pyflowmap.objectives import baked_guidance
+from pyflowmap.objectives import baked_guidance, embedded_guidance
 
 X1 = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
 LAWS = [times.uniform, times.logit_normal, times.uniform_pair, partial(times.logit_normal_pair, equal=0.5)]
@@ -39,13 +39,20 @@ def test_seeded_uniform_times_are_uniform_and_independent_of_the_noise():
     assert abs(torch.corrcoef(torch.stack([t, z]))[0, 1]) < 4 / len(t) ** 0.5
 
 
-def network(x, s, t, label=None):
-    return torch.sin(x * (1.0 + s[:, None]) + t[:, None]) + (0.0 if label is None else label[:, None] * 0.1)
+def network(x, s, t, label=None, omega=None):
+    given = sum(each[:, None] * 0.1 for each in (label, omega) if each is not None)
+    return torch.sin(x * (1.0 + s[:, None]) + t[:, None]) + given
 
 
 CASES = {
     "flow_matching": (objectives.flow_matching, {}),
     "lagrangian": (objectives.lagrangian, {"diagonal": 0.5}),
+    "alpha_flow": (objectives.alpha_flow, {"equal": 0.5}),
+    "eulerian": (objectives.eulerian, {"diagonal": 0.5}),
+    "improved_mean_flow": (
+        objectives.improved_mean_flow,
+        {"equal": 0.5, "guidance": embedded_guidance(null={"label": 10}, drop=0.5)},
+    ),
     "progressive_u": (objectives.progressive, {"diagonal": 0.5, "split": "uniform"}),
     "mean_flow": (objectives.mean_flow, {"equal": 0.5, "guidance": baked_guidance(2.0, null={"label": 10}, drop=0.5)}),
 }

@@ -1,8 +1,12 @@
 """Ways of learning a flow map, one file each. Every objective is `objective(flow_map, x1, ...) -> Loss`."""
 
+from .alpha_flow import alpha_flow, alpha_schedule
 from .baked_guidance import baked_guidance
 from .contrastive import contrastive
+from .embedded_guidance import embedded_guidance
+from .eulerian import eulerian
 from .flow_matching import flow_matching
+from .improved_mean_flow import improved_mean_flow
 from .lagrangian import lagrangian
 from .loss import Loss
 from .mean_flow import mean_flow
@@ -13,9 +17,14 @@ from .velocity_contrastive import velocity_contrastive
 
 __all__ = [
     "Loss",
+    "alpha_flow",
+    "alpha_schedule",
     "baked_guidance",
     "contrastive",
+    "embedded_guidance",
+    "eulerian",
     "flow_matching",
+    "improved_mean_flow",
     "lagrangian",
     "mean_flow",
     "posterior_augmented",

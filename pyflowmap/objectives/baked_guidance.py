@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..guidance import cfg, without
 from ..times import uniform
 from .loss import frozen_teacher
 
-__all__ = ["baked_guidance"]
+__all__ = ["baked_guidance", "dropped_condition"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class baked_guidance:
         """(b_g, the condition with rows dropped)."""
         null = without(condition, self.null)
         dropped = uniform(s, seed=None if seed is None else seed + 2, sample_ids=sample_ids) < self.drop
-        kept = self._dropped(condition, null, dropped) if self.drop > 0.0 else condition
+        kept = dropped_condition(condition, null, self.null, dropped) if self.drop > 0.0 else condition
         guided = ~dropped
         if self.interval is not None:
             guided = guided & (s >= self.interval[0]) & (s <= self.interval[1])
@@ -80,15 +80,19 @@ class baked_guidance:
                     result = result + (weight * share) * flow_map.as_velocity(output, x, s)
             return evaluate(result, dtype=velocity.dtype), kept
 
-    def _dropped(self, condition: dict[str, Any], null: dict[str, Any], dropped: Tensor) -> dict[str, Any]:
-        result = dict(condition)
-        for key in self.null:
-            value, none = condition[key], null.get(key)
-            if not isinstance(value, Tensor) or value.shape[:1] != dropped.shape or not isinstance(none, Tensor):
-                shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"condition {key!r} ({shown}) cannot be dropped for {len(dropped)} rows one by one; pass a tensor "
-                    "with a row each and a number or tensor as its null, or drop=0"
-                )
-            result[key] = torch.where(dropped.reshape(-1, *[1] * (value.dim() - 1)), none, value)
-        return result
+
+def dropped_condition(
+    condition: Mapping[str, Any], null: Mapping[str, Any], names: Iterable[str], dropped: Tensor
+) -> dict[str, Any]:
+    """The condition, and in the rows that are `dropped` (B,) the null condition in its place."""
+    result = dict(condition)
+    for key in names:
+        value, none = condition[key], null.get(key)
+        if not isinstance(value, Tensor) or value.shape[:1] != dropped.shape or not isinstance(none, Tensor):
+            shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"condition {key!r} ({shown}) cannot be dropped for {len(dropped)} rows one by one; pass a tensor "
+                "with a row each and a number or tensor as its null, or drop=0"
+            )
+        result[key] = torch.where(dropped.reshape(-1, *[1] * (value.dim() - 1)), none, value)
+    return result

@@ -129,6 +129,11 @@ def check_inputs(
     for name, each in (("flow_map", flow_map), ("teacher", flow_map if teacher is None else teacher)):
         if not isinstance(each, FlowMap):
             raise TypeError(f"{name} is {type(each).__name__}; wrap the network: pfm.FlowMap(network, call=...)")
+    if teacher is not None and teacher.interpolant != flow_map.interpolant:
+        raise ValueError(
+            f"the teacher's path is {teacher.interpolant}, the flow map's {flow_map.interpolant}; a velocity "
+            "belongs to one path, give both the same interpolant="
+        )
     if not callable(weight):
         raise TypeError(
             f"weight = {weight!r}; it is a function of (error, s=, t=, size=), e.g. pfm.weights.constant(2)"
