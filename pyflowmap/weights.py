@@ -126,7 +126,7 @@ class pseudo_huber:
         # Where both are 0 the root has no derivative, and the error's own is 0: the loss and its gradient are 0.
         still = error + self.c * self.c <= 0.0
         root = torch.sqrt(torch.where(still, torch.ones_like(error), error + self.c * self.c))
-        loss = error / (root + self.c)  # sqrt(e + c^2) - c without the cancellation
+        loss = torch.where(still, torch.zeros_like(error), error / (root + self.c))  # the difference, not cancelled
         if self.per is None:
             return loss
         if s is None or t is None:

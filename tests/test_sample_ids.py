@@ -9,7 +9,15 @@ from pyflowmap import FlowMap, objectives, times
 from pyflowmap.objectives import baked_guidance
 
 X1 = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-LAWS = [times.uniform, times.logit_normal, times.uniform_pair, partial(times.logit_normal_pair, equal=0.5)]
+LAWS = [
+    times.uniform,
+    times.logit_normal,
+    times.uniform_pair,
+    partial(times.logit_normal_pair, equal=0.5),
+    times.karras_pair,
+    times.easy_pair,
+    times.buckets,
+]
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -45,6 +53,9 @@ def network(x, s, t, label=None):
 
 CASES = {
     "flow_matching": (objectives.flow_matching, {}),
+    "consistency": (objectives.consistency, {}),
+    "continuous_consistency": (objectives.continuous_consistency, {}),
+    "easy_consistency": (objectives.easy_consistency, {"times": partial(times.easy_pair, stage=2)}),
     "lagrangian": (objectives.lagrangian, {"diagonal": 0.5}),
     "progressive_u": (objectives.progressive, {"diagonal": 0.5, "split": "uniform"}),
     "mean_flow": (objectives.mean_flow, {"equal": 0.5, "guidance": baked_guidance(2.0, null={"label": 10}, drop=0.5)}),

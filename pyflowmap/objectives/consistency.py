@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import solvers
+from .. import solvers, weights
 from .. import times as time_laws
-from .. import weights
 from ..algebra import Lazy, evaluate, inner, lazy, noise
 from ..flow_map import FlowMap
 from ..interpolants import Interpolant, Linear
@@ -114,9 +113,7 @@ def pair_error(
     return inner(_to_data(flow_map, x, now, given, path) - goal.detach())
 
 
-def neighbours(
-    times: Callable, x1: Tensor, seed: int | None, sample_ids: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def neighbours(times: Callable, x1: Tensor, seed: int | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """(s, r) of a law of pairs, checked."""
     drawn = times(x1, **_seeded(seed, sample_ids))
     if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ def continuous_consistency(
 
         F - sg[F] = -(u - sg[u]) / k,      g = d/k { [w t + (1-w) t^2 k^2] (u - b) - w D u },      k = cos + d sin
 
-    which has no division by sin theta. b is the path's own velocity (training) or the teacher's (distillation). At the
+    which has no division by sin theta, and is 0 at t = 0: keep the times of training off it. b is the path's own velocity (training) or the teacher's (distillation). At the
     exact map with the marginal b and w = 1, g = 0.
 
     times    law of t in times of the linear path, translated to any other; default log sigma ~ N(-1, 1.4^2), the
@@ -99,15 +100,15 @@ def continuous_consistency(
     square, size = inner(g), x1[0].numel()
     length = (square / size if norm == "rms" else square).sqrt()
     step = 1.0 / (length + c) if norm is not None else torch.ones_like(length)
-    seen = 1.0 / k
+    # Divided by an infinite length, g would be left out in silence. A coefficient of 0 reads nothing, in either pass.
     finite = torch.isfinite(square)
-    if mask_nonfinite:  # a coefficient of 0 reads nothing, backward as well as forward
-        step, seen = (torch.where(finite, each, torch.zeros_like(each)) for each in (step, seen.to(step.dtype)))
+    step = torch.where(finite, step, 0.0 if mask_nonfinite else math.nan)
+    seen = torch.where(finite, 1.0 / k, 0.0) if mask_nonfinite else 1.0 / k
     error = inner(seen * (u - u.detach()) + step * g)
     loss = weight(error, s=t, t=torch.ones_like(t), size=size)
     parts = {"continuous_consistency": error.detach().mean() / size, "tangent_norm": length.mean()}
     if mask_nonfinite:
-        loss, square, length = (torch.where(finite, each, torch.zeros_like(each)) for each in (loss, square, length))
+        loss, square, length = (torch.where(finite, each, 0.0) for each in (loss, square, length))
         parts |= {"tangent_norm": length.mean(), "masked": (~finite).sum()}
     return Loss(loss, square / size, parts)
 
@@ -153,7 +154,8 @@ def _motion(
     )
     if flow_map._is_velocity and isinstance(path, Linear):
         return flow_map.sign * lazy(output), flow_map.sign * lazy(d_output), tb, t
-    (c_x, c_p), (d_x, d_p) = torch.func.jvp(partial(_mean_velocity_to_data, flow_map), (m,), (q,))
+    coefficients = torch.func.jvp(partial(_mean_velocity_to_data, flow_map), (m,), (q,))
+    (c_x, c_p), (d_x, d_p) = coefficients[0], coefficients[1]
     u = c_x * lazy(x) + c_p * lazy(output)
     Du = d_x * lazy(x) + c_x * lazy(qv) + d_p * lazy(output) + c_p * lazy(d_output)
     return u, Du, tb, t
@@ -170,7 +172,7 @@ def _mean_velocity_to_data(flow_map: FlowMap, m: Tensor) -> tuple[Tensor, Tensor
 def _check(norm: str | None, c: float, warmup: float | Tensor, data_std: float) -> None:
     if norm not in ("l2", "rms", None):
         raise ValueError(f'norm = {norm!r}; it is "l2", "rms" or None (no normalisation)')
-    if not c >= 0.0 or not data_std > 0.0:
-        raise ValueError(f"c = {c}, data_std = {data_std}; c is at least 0 and data_std positive, e.g. 0.1 and 0.5")
+    if not c > 0.0 or not data_std > 0.0:
+        raise ValueError(f"c = {c}, data_std = {data_std}; both are positive, e.g. 0.1 and 0.5")
     if not isinstance(warmup, Tensor) and not 0.0 <= warmup <= 1.0:
         raise ValueError(f"warmup = {warmup}; it is a share, min(1, step / 10000)")
