@@ -57,8 +57,8 @@ def continuous_consistency(
 
         F - sg[F] = -(u - sg[u]) / k,      g = d/k { [w t + (1-w) t^2 k^2] (u - b) - w D u },      k = cos + d sin
 
-    which has no division by sin theta, and is 0 at t = 0: keep the times of training off it. b is the path's own velocity (training) or the teacher's (distillation). At the
-    exact map with the marginal b and w = 1, g = 0.
+    which has no division by sin theta, and is 0 at t = 0: keep the times of training off it. b is the path's own
+    velocity (training) or the teacher's (distillation). At the exact map with the marginal b and w = 1, g = 0.
 
     times    law of t in times of the linear path, translated to any other; default log sigma ~ N(-1, 1.4^2), the
              paper's for training (1.6 for distillation): `logit_normal` with the sign of the mean turned

@@ -33,7 +33,7 @@ def easy_consistency(
 ) -> Loss:
     """Match f(x, s) = X_{s,1}(x) at two noise levels sigma > r of one data point and one noise:
 
-        ( sqrt( || f(x_s) - sg[ f(x_r) ] ||^2 + c^2 ) - c ) / (sigma - r),   sigma = (1-s)/s;   at r = 0 the target is x1
+        ( sqrt( || f(x_s) - sg[ f(x_r) ] ||^2 + c^2 ) - c ) / (sigma - r),   sigma = (1-s)/s;  r = 0: the target is x1
 
     Geng et al. 2024 (ECT), eq. 10 and alg. 1. The norm is over a sample and *not squared* (c = 0 is the paper's for
     CIFAR-10). At stage 0 most partners are the data itself, which is denoising: so start from a trained diffusion or

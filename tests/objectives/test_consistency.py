@@ -111,6 +111,29 @@ def test_loss_and_gradient_are_the_papers(kind, prediction, path):
     torch.testing.assert_close(gradients(network, ours.mean()), gradients(network, loss.mean()), rtol=1e-8, atol=1e-11)
 
 
+@BOTH
+def test_a_network_with_the_time_of_meanflow_is_the_same_map(objective):
+    """network(x, 1 - s, 1 - t) with the sign of its velocity turned, as network and as teacher."""
+    network, (x1, x0), (s, r) = Tiny(), data(8, 3), pairs(8, ends=2)
+    turned = FlowMap(lambda x, tau, r: -network(x, 1.0 - tau, 1.0 - r), call="meanflow")
+    for teacher in (None, FlowMap(network)):
+        a = objective(FlowMap(network), x1, x0=x0, times=lambda _: (s, r), teacher=teacher).per_sample
+        b = objective(turned, x1, x0=x0, times=lambda _: (s, r), teacher=teacher and turned).per_sample
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@BOTH
+def test_the_target_is_a_constant_for_data_that_has_a_gradient_too(objective):
+    network, (x1, x0), (s, r) = Tiny(), data(8, 3), pairs(8)
+    x1.requires_grad_()
+    ours = objective(FlowMap(network), x1, x0=x0, times=lambda _: (s, r), **SUM).mean()
+    sigma, less = ((1 - t) / t for t in (s, r))
+    f = function_of_sigma(network, "mean_velocity", Linear())
+    there = f(x1 + less[:, None] * x0, less).detach()
+    plain = (f(x1 + sigma[:, None] * x0, sigma) - there).square().sum(1).mean()
+    torch.testing.assert_close(torch.autograd.grad(ours, x1), torch.autograd.grad(plain, x1), rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("ends", [0, 4])
 def test_a_teacher_that_predicts_data_ends_with_a_step_of_euler(ends):
     """Its velocity is (D - x)/(1 - t): 0/0 at t = 1, where x + h v is D itself."""
