@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["constant", "adaptive", "power", "given", "learned"]
+__all__ = ["constant", "adaptive", "power", "pseudo_huber", "given", "learned"]
 
 
 def _normalised(error: Tensor, norm: str, size: int | None, name: str) -> Tensor:
@@ -94,6 +94,45 @@ class power:
         base = 1.0 - time if self.base.startswith("1-") else time
         base = base.clamp(min=self.floor) if isinstance(base, Tensor) else max(base, self.floor)
         return _normalised(error, self.norm, size, "power") * base**self.exponent
+
+
+@dataclass(frozen=True)
+class pseudo_huber:
+    """loss = (sqrt(e + c^2) - c) / (sigma_s - sigma_t), sigma = (1-t)/t: like ||.|| far off, like e / (2c) near 0.
+
+    Song & Dhariwal 2024 (iCT), eq. 7 and table 1; ECT is c = 0, the norm itself, *not squared*. `e` is the sum of
+    squares by default: iCT's c = 0.00054 sqrt(D) is `pseudo_huber(0.00054, norm="mean")` times sqrt(D).
+
+    per   "sigma_gap" divides by the difference of the two noise levels, in times of the linear path; a pair without
+          one (s >= t) weighs nothing. None does not divide
+
+    >>> pseudo_huber(c=3.0, per=None)(torch.tensor([0.0, 16.0]))
+    tensor([0., 2.])
+    """
+
+    c: float = 0.0
+    norm: str = "sum"
+    per: str | None = "sigma_gap"
+
+    def __post_init__(self):
+        _check_norm(self.norm)
+        if not 0.0 <= self.c < math.inf:
+            raise ValueError(f"c = {self.c}; it is a number from 0 up, e.g. 0.00054")
+        if self.per not in (None, "sigma_gap"):
+            raise ValueError(f'per = {self.per!r}; it is "sigma_gap" or None')
+
+    def __call__(self, error: Tensor, *, s=None, t=None, size: int | None = None) -> Tensor:
+        error = _normalised(error, self.norm, size, "pseudo_huber")
+        # Where both are 0 the root has no derivative, and the error's own is 0: the loss and its gradient are 0.
+        still = error + self.c * self.c <= 0.0
+        root = torch.sqrt(torch.where(still, torch.ones_like(error), error + self.c * self.c))
+        loss = torch.where(still, torch.zeros_like(error), error / (root + self.c))  # the difference, not cancelled
+        if self.per is None:
+            return loss
+        if s is None or t is None:
+            raise ValueError("pseudo_huber divides by the gap of the noise levels; pass s= and t=, or per=None")
+        gap = (t - s) / (s * t)  # (1-s)/s - (1-t)/t
+        return torch.where(gap > 0.0, loss / torch.where(gap > 0.0, gap, torch.ones_like(gap)), torch.zeros_like(loss))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,15 @@ from pyflowmap import FlowMap, objectives, times
 from pyflowmap.objectives import baked_guidance, embedded_guidance
 
 X1 = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-LAWS = [times.uniform, times.logit_normal, times.uniform_pair, partial(times.logit_normal_pair, equal=0.5)]
+LAWS = [
+    times.uniform,
+    times.logit_normal,
+    times.uniform_pair,
+    partial(times.logit_normal_pair, equal=0.5),
+    times.karras_pair,
+    times.easy_pair,
+    times.buckets,
+]
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -46,6 +54,9 @@ def network(x, s, t, label=None, omega=None):
 
 CASES = {
     "flow_matching": (objectives.flow_matching, {}),
+    "consistency": (objectives.consistency, {}),
+    "continuous_consistency": (objectives.continuous_consistency, {}),
+    "easy_consistency": (objectives.easy_consistency, {"times": partial(times.easy_pair, stage=2)}),
     "lagrangian": (objectives.lagrangian, {"diagonal": 0.5}),
     "alpha_flow": (objectives.alpha_flow, {"equal": 0.5}),
     "eulerian": (objectives.eulerian, {"diagonal": 0.5}),

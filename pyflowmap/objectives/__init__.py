@@ -2,7 +2,10 @@
 
 from .alpha_flow import alpha_flow, alpha_schedule
 from .baked_guidance import baked_guidance
+from .consistency import consistency
+from .continuous_consistency import continuous_consistency
 from .contrastive import contrastive
+from .easy_consistency import easy_consistency
 from .embedded_guidance import embedded_guidance
 from .eulerian import eulerian
 from .flow_matching import flow_matching
@@ -20,7 +23,10 @@ __all__ = [
     "alpha_flow",
     "alpha_schedule",
     "baked_guidance",
+    "consistency",
+    "continuous_consistency",
     "contrastive",
+    "easy_consistency",
     "embedded_guidance",
     "eulerian",
     "flow_matching",
