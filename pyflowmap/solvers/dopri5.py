@@ -85,7 +85,8 @@ def dopri5(
     A sample whose velocity is NaN or infinite stops there and does not hold up others: an error as in any solver, and
     NaN in its place with on_nan="keep".
     The data end of a network that predicts data has no velocity: Euler takes a last step of 0.1 sqrt(rtol + atol)
-    spans (1e-6 at least), whose error is of the order of a hundredth of the tolerance. Gradients take the step sizes as constants.
+    spans, at least 1e-6, whose error is of the order of a hundredth of the tolerance. Gradients take the step sizes as
+    constants.
 
     `dopri5.step` is the bare step, for fixed grids under `integrate`.
 
