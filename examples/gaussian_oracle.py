@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 import pyflowmap as pfm
 
@@ -80,7 +79,7 @@ def train(objective: str, *, steps: int = 2000, batch: int = 1024, lr: float = 1
     if world > 1:
         step = DistributedDataParallel(step)
     optimiser = torch.optim.Adam(network.parameters(), lr, betas=(0.8, 0.95), fused=True)
-    average = AveragedModel(network, multi_avg_fn=pfm.training.ema_average(0.99))
+    average = pfm.training.EMA(network, [0.99])
     engine = torch.quasirandom.SobolEngine(4, scramble=True, seed=1000 * seed + rank)
     for k in range(steps):
         for group in optimiser.param_groups:
@@ -89,8 +88,8 @@ def train(objective: str, *, steps: int = 2000, batch: int = 1024, lr: float = 1
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        average.update_parameters(network)
-    return average.module
+        average.update()
+    return average.averaged(0.99)
 
 
 @torch.no_grad()

@@ -14,7 +14,18 @@ from ..algebra import inner, lazy
 from ..flow_map import FlowMap
 from .loss import Loss
 
-__all__ = ["Batch", "check_inputs", "check_share", "draw_pairs", "draw_path", "flow_matching_error", "loss_of", "whole"]
+__all__ = [
+    "Batch",
+    "check_inputs",
+    "check_share",
+    "draw_pairs",
+    "draw_path",
+    "described",
+    "flow_matching_error",
+    "loss_of",
+    "seeded",
+    "whole",
+]
 
 
 @dataclass(frozen=True)
@@ -75,12 +86,12 @@ def draw_pairs(
     rows = x1.shape[0]
     n = whole(equal * rows, rows, seed)
     _check_law(times, "pfm.times.uniform_pair")
-    drawn = times(x1, **_seeded(seed, sample_ids))
+    drawn = times(x1, **seeded(seed, sample_ids))
     if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
         drawn = drawn.unbind(0)
     pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
     if not pair or not all(isinstance(t, Tensor) and t.shape[:1] == x1.shape[:1] for t in drawn):
-        shown = " and ".join(_shown(t) for t in drawn) if isinstance(drawn, (tuple, list)) else _shown(drawn)
+        shown = " and ".join(described(t) for t in drawn) if isinstance(drawn, (tuple, list)) else described(drawn)
         raise ValueError(
             f"times gave {shown}; here it is a law of pairs, two tensors ({x1.shape[0]},), e.g. pfm.times.uniform_pair"
         )
@@ -101,7 +112,7 @@ def draw_path(
 ) -> Batch:
     """A batch with one time per row: all of it is flow matching."""
     _check_law(times, "pfm.times.uniform")
-    t = times(x1, **_seeded(seed, sample_ids))
+    t = times(x1, **seeded(seed, sample_ids))
     if isinstance(t, (tuple, list)):
         raise ValueError(f"times gave {len(t)} times; this takes a law of one, e.g. pfm.times.uniform")
     x, velocity = flow_map.interpolant.draw(x1, t, x0=x0, seed=seed, sample_ids=sample_ids)
@@ -123,13 +134,20 @@ def loss_of(batch: Batch, weight: Callable, **errors: Tensor | None) -> Loss:
 
 
 def check_inputs(
-    flow_map: FlowMap, x1: Tensor, x0: Tensor | None, weight: Callable, teacher: FlowMap | None = None
+    flow_map: FlowMap,
+    x1: Tensor,
+    x0: Tensor | None,
+    weight: Callable,
+    teacher: FlowMap | None = None,
+    *,
+    one_path: bool = True,
 ) -> None:
-    """One-line errors for what every objective is given."""
+    """One-line errors for what every objective is given. `one_path`: the teacher is asked for velocities at points of
+    the flow map's own path."""
     for name, each in (("flow_map", flow_map), ("teacher", flow_map if teacher is None else teacher)):
         if not isinstance(each, FlowMap):
             raise TypeError(f"{name} is {type(each).__name__}; wrap the network: pfm.FlowMap(network, call=...)")
-    if teacher is not None and teacher.interpolant != flow_map.interpolant:
+    if one_path and teacher is not None and teacher.interpolant != flow_map.interpolant:
         raise ValueError(
             f"the teacher's path is {teacher.interpolant}, the flow map's {flow_map.interpolant}; a velocity "
             "belongs to one path, give both the same interpolant="
@@ -196,7 +214,7 @@ def _check_law(times: Any, such_as: str) -> None:
         raise TypeError(f"times is {type(times).__name__}; it is a law, called as times(x1), e.g. {such_as}")
 
 
-def _seeded(seed: int | None, sample_ids: Tensor | None) -> dict[str, Any]:
+def seeded(seed: int | None, sample_ids: Tensor | None) -> dict[str, Any]:
     """The keywords that a law of times is called with: only what was given, so that a law of one's own needs none."""
     if sample_ids is not None and seed is None:
         raise ValueError("sample_ids need a seed: what is drawn depends on (seed, sample id); pass seed=")
@@ -204,5 +222,5 @@ def _seeded(seed: int | None, sample_ids: Tensor | None) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _shown(x: Any) -> str:
+def described(x: Any) -> str:
     return f"a tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)

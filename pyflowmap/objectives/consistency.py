@@ -14,7 +14,7 @@ from ..algebra import Lazy, evaluate, inner, lazy, noise
 from ..flow_map import FlowMap
 from ..interpolants import Interpolant, Linear
 from ..predictions import linear_velocity_coefficients
-from .batch import _seeded, _shown, check_inputs
+from .batch import check_inputs, described, seeded
 from .loss import Loss, frozen_teacher
 
 __all__ = ["consistency", "linear_velocity", "neighbours", "path_time"]
@@ -68,7 +68,7 @@ def consistency(
     >>> consistency(exact, x0 + 3.0, x0=x0, times=time_laws.uniform_pair).raw_error.max().item() < 1e-9
     True
     """
-    check_inputs(flow_map, x1, x0, weight, teacher)
+    check_inputs(flow_map, x1, x0, weight, teacher, one_path=False)
     s, r = neighbours(times, x1, seed, sample_ids)
     error = pair_error(flow_map, x1, x0, condition, s, r, teacher, solver, target, seed, sample_ids)
     return pair_loss("consistency", error, s, r, x1, weight)
@@ -115,12 +115,12 @@ def pair_error(
 
 def neighbours(times: Callable, x1: Tensor, seed: int | None, sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """(s, r) of a law of pairs, checked."""
-    drawn = times(x1, **_seeded(seed, sample_ids))
+    drawn = times(x1, **seeded(seed, sample_ids))
     if isinstance(drawn, Tensor) and drawn.dim() > 1 and len(drawn) == 2:
         drawn = drawn.unbind(0)
     pair = isinstance(drawn, (tuple, list)) and len(drawn) == 2
     if not pair or not all(isinstance(t, Tensor) and t.shape == x1.shape[:1] for t in drawn):
-        shown = " and ".join(_shown(t) for t in drawn) if isinstance(drawn, (tuple, list)) else _shown(drawn)
+        shown = " and ".join(described(t) for t in drawn) if isinstance(drawn, (tuple, list)) else described(drawn)
         raise ValueError(
             f"times gave {shown}; here it is a law of pairs, two tensors ({x1.shape[0]},), e.g. pfm.times.karras_pair"
         )

@@ -17,7 +17,7 @@ from ..flow_map import FlowMap
 from ..interpolants import Linear
 from ..predictions import jump_coefficients
 from ..tangents import jvp
-from .batch import _seeded, check_inputs
+from .batch import check_inputs, seeded
 from .consistency import linear_velocity, path_time
 from .loss import Loss, frozen_teacher
 
@@ -85,9 +85,9 @@ def continuous_consistency(
     >>> continuous_consistency(exact, x0 + 3.0, x0=x0).raw_error.max().item() < 1e-9
     True
     """
-    check_inputs(flow_map, x1, x0, weight, teacher)
+    check_inputs(flow_map, x1, x0, weight, teacher, one_path=False)
     _check(norm, c, warmup, data_std)
-    drawn = times(x1, **_seeded(seed, sample_ids))
+    drawn = times(x1, **seeded(seed, sample_ids))
     if not isinstance(drawn, Tensor) or drawn.shape != x1.shape[:1]:
         shown = f"shape {tuple(drawn.shape)}" if isinstance(drawn, Tensor) else f"{len(drawn)} times"
         raise ValueError(f"times gave {shown}; this takes a law of one time, ({len(x1)},), e.g. pfm.times.logit_normal")
