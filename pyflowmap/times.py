@@ -171,7 +171,7 @@ def karras_pair(
         sigma_i = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho,      t = 1/(1 + sigma)
 
     log_normal  None: every pair as often, Song et al. 2023. (mean, std) of log sigma, e.g. (-1.1, 2.0): a pair as
-                often as a log-normal sigma falls between the two, Song & Dhariwal 2024 (iCT), eq. 10
+                often as a log-normal sigma falls between the two, Song & Dhariwal 2024 (iCT), table 1
 
     A consistency function of theirs is the identity at sigma_min, one of this library at sigma = 0: so the cleanest
     level is 0 in place of sigma_min, that is t = 1, where the point is its own target.
@@ -231,7 +231,7 @@ def easy_pair(
     generator: torch.Generator | None = None,
     sample_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(s, t): a log-normal noise level and a cleaner one, nearer with every stage. Geng et al. 2024 (ECT), sec. 3.
+    """(s, t): a log-normal noise level and a cleaner one, nearer with every stage. Geng et al. 2024 (ECT), alg. 1.
 
         log sigma ~ N(mean, std^2),      r = sigma max(0, 1 - (1 + k sigmoid(-sigma)) / q^(stage+1)),
         s = 1/(1 + sigma),               t = 1/(1 + r)
@@ -269,7 +269,7 @@ def consistency_steps(step: int, total: int, first: int = 2, last: int = 150, ru
     """N(k): how many noise levels `karras_pair` has at training step k of `total`.
 
         "root"    N = ceil( sqrt( k/total ((last+1)^2 - first^2) + first^2 ) - 1 ) + 1, at least 2     Song et al. 2023
-        "double"  N = min( first 2^floor(k/K), last ) + 1,  K = floor( total / (log2(last/first) + 1) )     iCT, eq. 9
+        "double"  N = min( first 2^floor(k/K), last ) + 1,  K = floor( total / (log2(last/first) + 1) )     iCT, table 1
 
     CT uses first = 2 and last = 150 or 200; iCT doubles from 10 to 1280.
 

@@ -100,7 +100,7 @@ class power:
 class pseudo_huber:
     """loss = (sqrt(e + c^2) - c) / (sigma_s - sigma_t), sigma = (1-t)/t: like ||.|| far off, like e / (2c) near 0.
 
-    Song & Dhariwal 2024 (iCT), eq. 7 and table 1; ECT is c = 0, the norm itself, *not squared*. `e` is the sum of
+    Song & Dhariwal 2024 (iCT), table 1; ECT is c = 0, the norm itself, *not squared*. `e` is the sum of
     squares by default: iCT's c = 0.00054 sqrt(D) is `pseudo_huber(0.00054, norm="mean")` times sqrt(D).
 
     per   "sigma_gap" divides by the difference of the two noise levels, in times of the linear path; a pair without

@@ -50,7 +50,7 @@ def continuous_consistency(
 
         || F - sg[F] - sg[ g / (|g| + c) ] ||^2,   g = -cos^2 (d F - dx/dtheta) - w (cos sin x + cos sin d dF/dtheta)
 
-    Lu & Song 2024 (sCM), eq. 7, 8 and sec. 4, in their angle tan theta = sigma / d, d = `data_std`, on the path
+    Lu & Song 2024 (sCM), sec. 4 and alg. 1, in their angle tan theta = sigma / d, d = `data_std`, on the path
     x = cos x1 + sin d x0, with f = cos x - sin d F. The derivative is along the flow, multiplied by cos sin *inside*
     the JVP. For a flow map of any path and prediction the same numbers are, with the linear path's time t, velocity b,
     mean velocity u = u_{t,1} and D = t (1-t) d/dt along the flow,

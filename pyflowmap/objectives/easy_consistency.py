@@ -35,7 +35,7 @@ def easy_consistency(
 
         ( sqrt( || f(x_s) - sg[ f(x_r) ] ||^2 + c^2 ) - c ) / (sigma - r),   sigma = (1-s)/s;  r = 0: the target is x1
 
-    Geng et al. 2024 (ECT), eq. 10 and alg. 1. The norm is over a sample and *not squared* (c = 0 is the paper's for
+    Geng et al. 2024 (ECT), alg. 1. The norm is over a sample and *not squared* (c = 0 is the paper's for
     CIFAR-10). At stage 0 most partners are the data itself, which is denoising: so start from a trained diffusion or
     flow-matching network, or from nothing at the cost of a longer stage 0. Raise the stage while training:
 
