@@ -112,10 +112,6 @@ class View:
         def ask(*which: int, model: Any = None) -> list[Lazy]:
             """One velocity (of a jump: mean velocity) per condition named, of `model` in place of the view's own: a
             flow map, or a network to be called like the view's."""
-            if any(not 0 <= i < len(self.conditions) for i in which):
-                raise ValueError(
-                    f"the guidance asked for condition {max(which)}, its conditions() names {len(self.conditions)}"
-                )
             asked = self.model if model is None else self._other(model)
             outputs = self._outputs(asked, argument, s, t, which)
             make = self.mean_velocity if self.takes == "jump" else self.velocity
@@ -123,10 +119,8 @@ class View:
 
         guided = self.guidance(ask, x, s, t)
         if type(guided) is not Lazy:
-            cure = ": (v,) = ask(0) takes one out of the list" if isinstance(guided, list) else ""
             raise TypeError(
                 f"the guidance returned {type(guided).__name__}; it returns a lazy combination of what it asked for"
-                + cure
             )
         return x + (t - s) * guided if self.takes == "jump" else guided
 

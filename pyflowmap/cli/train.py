@@ -82,11 +82,15 @@ def run(args: argparse.Namespace) -> None:
 
 def _export(result: Any, folder: Path, recipe: str) -> str:
     """Write the last average as a flow map that pfm.load reads; what was done, as a line."""
+    from ..flow_map import FlowMap
+
     network = list(result.ema.values())[-1] if result.ema else result.step.network
+    view = dict(result.step.view)
+    view["call"] = getattr(view["call"], "inner", view["call"])  # a Step may wrap it
     path = folder / "flow_map.safetensors"
     which = f"the average with decay {list(result.ema)[-1]}" if result.ema else "the last weights"
     try:
-        result.step.flow_map(network).save(path, notes={"steps": result.steps})
+        FlowMap(network, **view).save(path, notes={"steps": result.steps})
     except TypeError as error:  # a network or a call that a file cannot name
         return f"{path} was not written: {error}"
     # A file names its network's class; one that a recipe defines is known once the recipe has been loaded.

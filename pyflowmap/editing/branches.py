@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import solvers
 from ..algebra import Lazy, evaluate
-from ..arguments import uniform
 from ..flow_map import FlowMap
 from ..guidance import Guidance
 from ..interpolants import Linear
@@ -18,7 +16,7 @@ from ..solvers import Port
 from ..solvers.buffers import Packed
 from ..view import View
 
-__all__ = ["Branches", "check_guidance", "in_model_time", "linear_time", "refuse_grad", "times_of"]
+__all__ = ["Branches", "check_guidance", "in_model_time", "linear_time", "refuse_grad"]
 
 Asked = tuple[tuple[int, ...], ...]  # per branch: which of its conditions
 
@@ -137,22 +135,7 @@ def check_guidance(guidance: Callable | None, name: str) -> Guidance | None:
         raise TypeError(
             f"{name} is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null={{'label': 10}})"
         )
-    if guidance is not None:
-        try:
-            guidance.check(solvers.named["euler"])
-        except ValueError:
-            raise ValueError(f"{name}: an edit takes Euler steps, and {type(guidance).__name__} needs others") from None
     return guidance
-
-
-def times_of(steps: int | None, default: int, grid: Sequence[float] | Tensor | None) -> list[float]:
-    """The grid, or `steps` equal steps."""
-    if grid is None:
-        return uniform(default if steps is None else steps)
-    times = solvers.time_grid(grid)
-    if steps is not None and steps != len(times) - 1:
-        raise ValueError(f"steps = {steps} with a grid of {len(times) - 1} steps; leave steps out")
-    return times
 
 
 def linear_time(model: FlowMap, r: float) -> float:

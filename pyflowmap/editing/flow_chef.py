@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate, lazy, union
-from ..arguments import check_model, condition_of, network_dtype, start
+from ..arguments import condition_of, network_dtype, start, uniform
 from ..flow_map import FlowMap
 from ..ops.combine import combine
-from ..solvers import Solver, integrate
+from ..solvers import Solver, integrate, time_grid
 from ..solvers.buffers import Packed
 from ..view import View
-from .branches import check_guidance, in_model_time, refuse_grad, times_of
+from .branches import check_guidance, in_model_time, refuse_grad
 from .operators import Loss, Mask
 
 __all__ = ["flow_chef"]
@@ -29,7 +29,7 @@ def flow_chef(
     measurement: Any,  # what operator.forward gives for the image looked for; for a Mask the image itself
     operator: Any,  # Mask, Blur, Downsample, Loss, or an object with forward, adjoint, norm_squared
     *,
-    steps: int | None = None,  # 50
+    steps: int = 50,
     strength: float,
     inner: int = 1,
     until: float = 1.0,
@@ -68,8 +68,11 @@ def flow_chef(
     >>> flow_chef(fm, (1, 2), torch.tensor([[3.0, 0.0]]), Mask(left), steps=4, strength=1.0, seed=0)[0, 0]
     tensor(3.)
     """
-    check_model(model)
-    times = times_of(steps, 50, grid)
+    if not isinstance(model, FlowMap):
+        raise TypeError(
+            f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
+        )
+    times = time_grid(uniform(steps) if grid is None else grid)
     if not 0.0 <= times[0] < times[-1] <= 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; it rises within [0, 1], 0 = noise to 1 = data")
     if isinstance(noise_or_shape, Tensor) and (seed is not None or sample_ids is not None):

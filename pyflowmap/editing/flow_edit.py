@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate, lazy
-from ..arguments import check_model, condition_of, network_dtype
+from ..arguments import condition_of, network_dtype, uniform
 from ..flow_map import FlowMap
-from ..solvers import Solver, integrate
-from .branches import Branches, check_guidance, in_model_time, linear_time, refuse_grad, times_of
+from ..solvers import Solver, integrate, time_grid
+from .branches import Branches, check_guidance, in_model_time, linear_time, refuse_grad
 
 __all__ = ["flow_edit"]
 
@@ -21,7 +21,7 @@ __all__ = ["flow_edit"]
 def flow_edit(
     model: FlowMap,
     x_source: Tensor,  # (B, ...) clean data, or latents
-    steps: int | None = None,  # 28
+    steps: int = 28,
     *,
     grid: Sequence[float] | Tensor | None = None,  # replaces steps; rising, ends at the data
     source: Mapping[str, Any],
@@ -66,7 +66,7 @@ def flow_edit(
     tensor([[2., 2.]])
     """
     _check(model, x_source, draws)
-    times = times_of(steps, 28, grid)
+    times = time_grid(uniform(steps) if grid is None else grid)
     count = len(times) - 1
     if not 0.0 <= times[0] < times[-1] == 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; an edit ends at the data: rise to 1")
@@ -75,11 +75,10 @@ def flow_edit(
             raise ValueError(f"{name} = {value!r}; it is a number of steps, 0 or more")
     if skip == count or skip + ordinary > count:
         raise ValueError(
-            f"skip = {skip} and ordinary = {ordinary} leave nothing to do of {count} steps; skip fewer than all, and "
-            "together no more than all"
+            f"skip = {skip} and ordinary = {ordinary} of {count} steps; together they fit, and one is left"
         )
     start = x_source.to(torch.promote_types(x_source.dtype, torch.float32))
-    conditions = [condition_of(each, start, "image") for each in (source, target)]
+    conditions = [condition_of(each, start) for each in (source, target)]
     guidances = [
         check_guidance(each, name)
         for each, name in ((guidance_source, "guidance_source"), (guidance_target, "guidance_target"))
@@ -142,7 +141,10 @@ def flow_edit(
 
 
 def _check(model: FlowMap, x_source: Tensor, draws: int) -> None:
-    check_model(model)
+    if not isinstance(model, FlowMap):
+        raise TypeError(
+            f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
+        )
     if not isinstance(x_source, Tensor) or not x_source.is_floating_point() or x_source.dim() == 0:
         shown = getattr(x_source, "dtype", type(x_source).__name__)
         raise TypeError(f"x_source is {shown}; pass clean data, a floating-point tensor (B, ...)")

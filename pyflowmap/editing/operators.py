@@ -153,10 +153,8 @@ class Loss:
         self.fn = fn
 
     def gradient(self, x1: Tensor, measurement: Any) -> Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            x1 = (x1.clone() if x1.is_inference() else x1.detach()).requires_grad_()
-            if isinstance(measurement, Tensor) and measurement.is_inference():
-                measurement = measurement.clone()
+        with torch.enable_grad():
+            x1 = x1.detach().requires_grad_()
             value = self.fn(x1, measurement)
             if not isinstance(value, Tensor) or value.shape != x1.shape[:1]:
                 shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -31,23 +31,7 @@ Ask = Callable[..., list[Lazy]]
 
 
 class Guidance:
-    """What every guidance has; the defaults are those of one that asks for the caller's condition alone.
-
-    One's own names its conditions and combines what `ask` returns, a list of one lazy velocity per condition asked for:
-
-    >>> import pyflowmap as pfm
-    >>> class Twice(pfm.guidance.Guidance):
-    ...     def conditions(self, condition):
-    ...         return condition, {**condition, "scale": 0.0 * condition["scale"]}
-    ...     def __call__(self, ask, x, s, t):
-    ...         v, v_null = ask(0, 1)
-    ...         return v_null + 2.0 * (v - v_null)
-    >>> fm = pfm.FlowMap(lambda x, s, t, scale: scale[:, None].expand_as(x))
-    >>> pfm.sample(fm, torch.zeros(1, 2), 2, condition={"scale": torch.ones(1)}, guidance=Twice())
-    tensor([[2., 2.]])
-
-    `help(pfm.guidance.guidance)` says when each method is called.
-    """
+    """What every guidance has; the defaults are those of one that asks for the caller's condition alone."""
 
     @property
     def remembers(self) -> bool:
@@ -172,12 +156,6 @@ def without(condition: Mapping[str, Any], null: Mapping[str, Any]) -> dict[str, 
         if value is None:
             del result[key]
         elif isinstance(given, Tensor) and not isinstance(value, Tensor):
-            if not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"null {key!r} is {type(value).__name__} but the condition a tensor; pass a number or a tensor"
-                )
-            if not given.is_floating_point() and value != int(value):
-                raise ValueError(f"null {key!r} = {value} but the condition is {given.dtype}; pass a whole number")
             result[key] = torch.full_like(given, value)
         elif isinstance(value, Tensor) and isinstance(given, Tensor):
             result[key] = value.to(given).expand_as(given)
@@ -199,17 +177,8 @@ def finite(name: str, value: Any, example: str, *, at_least: float = -math.inf) 
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
-    if interval is None:
-        return
-    numbers = isinstance(interval, (tuple, list)) and all(
-        isinstance(t, (int, float)) and not isinstance(t, bool) and math.isfinite(t) for t in interval
-    )
-    if not numbers or len(interval) != 2:
-        raise ValueError(f"interval = {interval!r}; it is two times, the lower one first, e.g. (0.1, 0.8)")
-    if not (0.0 <= interval[0] < interval[1] <= 1.0):
-        raise ValueError(
-            f"interval = {interval}; the lower time comes first, both from 0 = noise to 1 = data, e.g. (0.1, 0.8)"
-        )
+    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
+        raise ValueError(f"interval = {interval}; the lower time comes first, e.g. (0.1, 0.8)")
 
 
 def outside(interval: tuple[float, float] | None, s: float) -> bool:

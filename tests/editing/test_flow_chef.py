@@ -264,7 +264,7 @@ def test_callback_seeds_half_precision_and_kept_noise():
         ({"strength": math.nan}, "0 < strength < 2"),
         ({"inner": 0}, "at least 1"),
         ({"until": 0.0}, "a time above 0"),
-        ({"grid": [1.0, 0.0], "steps": None}, "rises"),
+        ({"grid": [1.0, 0.0]}, "rises"),
         ({"seed": 3}, "with a shape only"),
         ({"measurement": torch.zeros(3, 2, 8, 4)}, "this operator measures"),
         ({"measurement": torch.full(SHAPE, math.inf)}, "not finite"),

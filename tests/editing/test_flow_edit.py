@@ -254,13 +254,13 @@ class Half(torch.nn.Module):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"skip": 8}, "leave nothing to do"),
-        ({"skip": 3, "ordinary": 6}, "together no more than all"),
+        ({"skip": 8}, "one is left"),
+        ({"skip": 3, "ordinary": 6}, "together they fit"),
         ({"skip": -1}, "number of steps"),
         ({"ordinary": 1.5}, "number of steps"),
         ({"draws": 0}, "at least 1"),
-        ({"grid": [0.0, 0.5], "steps": None}, "rise to 1"),
-        ({"grid": [1.0, 0.0], "steps": None}, "rise to 1"),
+        ({"grid": [0.0, 0.5]}, "rise to 1"),
+        ({"grid": [1.0, 0.0]}, "rise to 1"),
         ({"source": {"label": torch.zeros(2)}}, "2 rows"),
     ],
 )

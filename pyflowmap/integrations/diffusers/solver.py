@@ -144,11 +144,6 @@ class SolverScheduler(Schedule):
 
 
 def _chosen(name: str, options: dict[str, Any] | None) -> solvers.Solver:
-    if isinstance(name, solvers.Solver):
-        raise TypeError(
-            f"solver is a Solver, which no config can hold; pass its name {name.name!r} and "
-            f"solver_options={dict(name.options)!r}"
-        )
     if name not in solvers.named:
         raise ValueError(f"solver = {name!r}; named ones are {', '.join(solvers.named)}")
     chosen = solvers.named[name]
