@@ -55,10 +55,6 @@ def save(
         raise TypeError(
             f"interpolant {type(path_of).__name__} is not one of {', '.join(_paths)}; it cannot be written to a file"
         )
-    try:
-        json.dumps(dict(notes or {}))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"notes are words, numbers, lists and dicts, as JSON has them: {error}") from None
     description = {
         "format": _FORMAT,
         "network": registry.describe(flow_map.network),
@@ -71,10 +67,7 @@ def save(
     for key, value in flow_map.network.state_dict().items():
         value = value.detach().to("cpu")
         if dtype is not None and value.is_floating_point():
-            stored = value.to(dtype)
-            if bool((value.isfinite() & ~stored.isfinite()).any()):
-                raise ValueError(f"tensor {key!r} has numbers beyond the range of {dtype}; save it as torch.bfloat16")
-            value = stored
+            value = value.to(dtype)
         tensors[key] = value.contiguous().clone()  # tied weights are written twice
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata={"pyflowmap": json.dumps(description)})
@@ -89,14 +82,8 @@ def load(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Flo
     ours.
     """
     path, description = _open(name_or_path)
-    call = description.get("call")
-    if not isinstance(call, str) or call not in calls.ready:
-        raise ValueError(
-            f"{path}: call = {str(call)[:40]!r}; ready ones are {', '.join(calls.ready)}: damaged or newer"
-        )
     with torch.device("meta"):  # costs nothing, whatever the file claims
-        empty = registry.build(description.get("network")).state_dict()
-        expected = {k: v.shape for k, v in empty.items()}
+        expected = {k: v.shape for k, v in registry.build(description.get("network")).state_dict().items()}
     with safe_open(path, framework="pt") as file:
         found = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
         for key in sorted(expected.keys() | found.keys()):
@@ -106,11 +93,7 @@ def load(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Flo
                     f"but {_shape(expected.get(key))} by its config; the file is damaged"
                 )
         network = registry.build(description["network"])
-        tensors = {key: file.get_tensor(key) for key in found}
-        for key, value in tensors.items():
-            if value.is_floating_point() != empty[key].is_floating_point() or value.is_complex():
-                raise ValueError(f"{path}: tensor {key!r} is {value.dtype}, by its network {empty[key].dtype}; damaged")
-        network.load_state_dict(tensors)
+        network.load_state_dict({key: file.get_tensor(key) for key in found})
     broken = next(
         (k for k, v in network.state_dict().items() if v.is_floating_point() and not v.isfinite().all()), None
     )
@@ -120,11 +103,9 @@ def load(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Flo
         )
     try:
         path_of = description["interpolant"]
-        if not all(isinstance(x, (int, float)) and abs(float(x)) < 1e9 for x in path_of["options"].values()):
-            raise TypeError(f"the path's options {str(path_of['options'])[:60]}")
         interpolant = _paths[path_of["name"]](**path_of["options"])
         flow_map = FlowMap(network.to(device).eval(), description["prediction"], interpolant, description["call"])
-    except (KeyError, TypeError, OverflowError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: the description lacks or misstates {error}; the file is damaged or newer than this version"
         ) from None
@@ -133,11 +114,7 @@ def load(name_or_path: str | Path, *, device: str | torch.device = "cpu") -> Flo
 
 def notes(name_or_path: str | Path) -> dict[str, Any]:
     """What the writer noted: how it was trained, what was measured."""
-    path, description = _open(name_or_path)
-    found = description.get("notes") or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: its notes are a {type(found).__name__}, not a dict; the file is damaged")
-    return dict(found)
+    return dict(_open(name_or_path)[1].get("notes") or {})
 
 
 def pretrained() -> list[str]:
@@ -149,20 +126,15 @@ def pretrained() -> list[str]:
 def _open(name_or_path: str | Path) -> tuple[Path, dict]:
     path = Path(name_or_path)
     if path.suffix != ".safetensors":
-        if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
-            raise ValueError(
-                f"{str(name_or_path)!r} holds pickled weights, which are not opened here; load_state_dict them into "
-                "their network, and pfm.FlowMap(network, ...).save(path)"
-            )
         path = Path(str(resources.files("pyflowmap") / "pretrained" / f"{name_or_path}.safetensors"))
-        if len(path.name) > 255 or not path.is_file():
+        if not path.is_file():
             raise FileNotFoundError(
-                f"{str(name_or_path)[:80]!r} is neither a shipped flow map ({', '.join(pretrained()) or 'none'}) "
+                f"{str(name_or_path)!r} is neither a shipped flow map ({', '.join(pretrained()) or 'none'}) "
                 "nor a .safetensors file"
             )
-    if len(path.name) > 255 or not path.is_file():
+    if not path.is_file():
         raise FileNotFoundError(
-            f"there is no file {str(path)[:200]!r}; shipped flow maps are {', '.join(pretrained()) or 'none'}"
+            f"there is no file {str(path)!r}; shipped flow maps are {', '.join(pretrained()) or 'none'}"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -175,7 +147,7 @@ def _open(name_or_path: str | Path) -> tuple[Path, dict]:
         )
     try:
         description = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path}: the description in the header is not JSON ({error}); the file is damaged") from None
     if not isinstance(description, dict) or description.get("format") != _FORMAT:
         version = description.get("format") if isinstance(description, dict) else None

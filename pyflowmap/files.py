@@ -12,18 +12,17 @@ __all__ = ["whole_file", "writable_folder"]
 
 
 @contextmanager
-def whole_file(path: str | Path, folder: str | Path | None = None) -> Iterator[Path]:
-    """A temporary path with the same suffix, in `folder` of the same file system or beside `path`; renamed to `path`
-    when the block ends well, removed when it does not."""
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary path with the same suffix; renamed to `path` when the block ends well, removed when it does not."""
     path = Path(path)
-    folder = path.parent if folder is None else Path(folder)
-    for each in (path.parent, folder):
-        if not each.is_dir():
-            raise FileNotFoundError(f"the folder {str(each)!r} for {path.name!r} does not exist; create it first")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {str(path.parent)!r} for {path.name!r} does not exist; create it first")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     except OSError as error:
-        raise PermissionError(f"cannot write into {str(folder)!r} ({error.strerror}); choose another folder") from None
+        raise PermissionError(
+            f"cannot write into {str(path.parent)!r} ({error.strerror}); choose another folder"
+        ) from None
     os.close(handle)
     temporary = Path(name)
     try:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -411,55 +410,3 @@ def test_digits_are_what_they_say():
     assert float(x.min()) == -1.0 and float(x.max()) == 1.0
     assert torch.equal(torch.cat([y, held_y]).bincount(), torch.full((10,), 500))
     assert float(x[:, :, 0, 0].mean()) < -0.99 and float(x[:, :, 14, 14].mean()) > -0.5  # background and stroke
-
-
-def test_another_call_is_another_model(small, tmp_path, capsys):
-    """The same weights seen with other times draw other samples: a finished run of the one is not the other's."""
-    out = tmp_path / "x.safetensors"
-    first = load(small)
-    other = FlowMap(first.network, first.prediction, call="start_and_span").save(tmp_path / "other.safetensors")
-    assert main(["sample", str(small), "--count", "4", "--batch", "2", "--out", str(out)]) == 0
-    capsys.readouterr()
-    assert main(["sample", str(other), "--count", "4", "--batch", "2", "--out", str(out)]) != 0
-    assert "weights" in capsys.readouterr().err
-
-
-def test_a_process_other_than_the_first_resumes(small, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "x.safetensors"
-    arguments = ["sample", str(small), "--count", "8", "--batch", "2", "--out", str(out)]
-    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(arguments) == 0
-    assert main(arguments) == 0, capsys.readouterr().err
-    assert "resumed: 2 of 2" in capsys.readouterr().out
-
-
-def test_nothing_is_left_of_a_run_killed_at_its_end(small, tmp_path, monkeypatch):
-    """In the merge, and between the rename and the clean-up."""
-    from pyflowmap.cli import shards
-
-    out = tmp_path / "x.safetensors"
-    arguments = ["sample", str(small), "--count", "4", "--batch", "2", "--out", str(out)]
-
-    class Killed(BaseException):
-        pass
-
-    def killed(*_):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shards.Shards, "_remove", killed)
-        with pytest.raises(Killed):
-            main(arguments)
-    assert out.exists() and (tmp_path / "x.safetensors.parts").is_dir()
-    assert main(arguments) == 0
-    assert [each.name for each in tmp_path.iterdir() if each.name.startswith(("x.", ".x"))] == ["x.safetensors"]
-
-    out.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda a, b: killed() if Path(b) == out else os.rename(a, b))
-        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)  # a killed process removes nothing
-        with pytest.raises(Killed):
-            main(arguments)
-    assert not [each for each in tmp_path.iterdir() if each.name.startswith(".x")]
-    assert main(arguments) == 0
-    assert not (tmp_path / "x.safetensors.parts").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import os
 import time
@@ -20,19 +19,14 @@ def add(subparsers) -> None:
         "interruption the same command goes on. The samples are the same bits in each case.",
     )
     parser.add_argument("model", help='"digits" or the path of a .safetensors file')
-    parser.add_argument("--steps", type=int, default=2, help="of the solver (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", default="grid.png", help=".png, .safetensors or a folder (default: %(default)s)")
     parser.add_argument("--solver", default="flow_map", help="a name in pyflowmap.solvers.named (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40, help="of samples (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
     parser.add_argument("--label", type=int, default=None, help="draw this class only (default: all in turn)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=2.0,
-        help="scale of classifier-free guidance; 1: none (default: %(default)s; pfm.sample guides only where asked to)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1: none")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help='"cuda" takes the device of LOCAL_RANK (default: %(default)s)')
     parser.set_defaults(run=run)
 
@@ -71,7 +65,9 @@ def _picture(args: argparse.Namespace, model: Any, image: tuple[int, ...], label
     images = _make(args, model, image, labels, 0, args.count, chunk=args.batch)["samples"]
     elapsed = time.perf_counter() - begin
     png.write(png.grid(images, columns=min(args.count, 10)), out)
-    print(f"{out}: {args.count} pictures, {_spent(args)}, {1000 * elapsed / args.count:.1f} ms each")
+    print(
+        f"{out}: {args.count} pictures, {args.steps} steps of {args.solver}, {1000 * elapsed / args.count:.1f} ms each"
+    )
 
 
 def _tensors(
@@ -91,7 +87,6 @@ def _tensors(
     }
     shards = Shards(out, parameters)
     if shards.finished():
-        shards.finish()  # what a process that was killed at the end left behind
         print(f"{out}: {args.count} samples, complete already")
         return
 
@@ -116,7 +111,7 @@ def _tensors(
     if missing:
         print(f"{who}{made} parts made; {missing} of other processes are missing yet")
     else:
-        print(f"{out}: {args.count} samples, {_spent(args)}")
+        print(f"{out}: {args.count} samples, {args.steps} steps of {args.solver}")
 
 
 def _make(
@@ -141,13 +136,6 @@ def _make(
     return tensors
 
 
-def _spent(args: argparse.Namespace) -> str:
-    from ..solvers import named
-
-    adaptive = named[args.solver].loop is not None
-    return f"{args.solver}, which chooses its steps" if adaptive else f"{args.steps} steps of {args.solver}"
-
-
 def _device(name: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
@@ -156,10 +144,7 @@ def _weights(model: Any) -> str:
     """Names the model by what it computes with, wherever its file lies."""
     import torch
 
-    call: Any = model.call
-    fields = dataclasses.asdict(call) if dataclasses.is_dataclass(call) and not isinstance(call, type) else {}
-    how = {k: v for k, v in fields.items() if not callable(v)} | {"name": getattr(call, "name", None)}
-    found = hashlib.sha256(f"{model.prediction} {model.interpolant} {type(model.network).__name__} {how}".encode())
+    found = hashlib.sha256(f"{model.prediction} {model.interpolant} {type(model.network).__name__}".encode())
     found.update(repr(getattr(model.network, "config", "")).encode())
     for key, value in model.network.state_dict().items():
         found.update(key.encode())

@@ -153,8 +153,7 @@ class Shards:
                 if self.path(index).exists():
                     if self.read(index) is not None:
                         there += 1
-                        if not bar.disable:
-                            bar.initial += hi - lo  # counted, but not for the speed
+                        bar.initial += hi - lo  # counted, but not for the speed
                         bar.update(hi - lo)
                         continue
                     if self.path(index).exists():  # not merged and removed in this moment
@@ -201,8 +200,7 @@ class Shards:
             spans[key], at = at, at + size
         header = json.dumps(layout, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        # In the folder of the parts, so that what a killed process leaves goes away with it.
-        with whole_file(self.out, self.folder) as temporary, open(temporary, "wb") as file:
+        with whole_file(self.out) as temporary, open(temporary, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             begin = file.tell()
             file.truncate(begin + at)
@@ -228,21 +226,15 @@ class Shards:
 
     def _remove(self) -> None:
         """Take away what this run wrote; what else is in the folder stays, with the folder."""
-        if not self.folder.is_dir() or not self._ours():
+        if not self.folder.is_dir():
             return
         own = [self.path(index) for index in range(self.number)]
-        own += self.folder.glob(f".{self.out.stem}-*{self.out.suffix}")  # of killed processes, as further down
         own += [self.folder / "manifest.json", self.folder / "merge.lock"]
         own += [*self.folder.glob(".part-*.safetensors"), *self.folder.glob(".manifest-*.json")]  # of killed processes
         for path in own:
             path.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
-
-    def _ours(self) -> bool:
-        """Whether the folder is this run's: its manifest says so, or there is none any more."""
-        path = self.folder / "manifest.json"
-        return not path.exists() or path.read_text(encoding="utf-8", errors="replace").strip() == self._text
 
 
 def _bytes(value: Tensor) -> memoryview:

@@ -15,9 +15,6 @@ _networks: dict[str, tuple[type[nn.Module], type]] = {}
 def register(config: type):
     """Class decorator `@register(Config)` for a module whose constructor takes one config and keeps it as `.config`."""
 
-    if isinstance(config, type) and issubclass(config, nn.Module):
-        raise TypeError(f"@register stands bare on {config.__name__}; name its config: @pfm.nn.register(Config)")
-
     def add(network: type[nn.Module]) -> type[nn.Module]:
         if not dataclasses.is_dataclass(config):
             raise TypeError(f"{config.__name__} is not a dataclass; a network's config must be one")
@@ -50,10 +47,9 @@ def build(description: Any) -> nn.Module:
             'the description of the network is not {"name": ..., "config": {...}}; the file is not from pyflowmap'
         )
     name = description.get("name")
-    if not isinstance(name, str) or name not in _networks:
+    if name not in _networks:
         raise ValueError(
-            f"the file's network {str(name)[:40]!r} is unknown, known are {', '.join(_networks)}; import its module "
-            "first"
+            f"the file's network {name!r} is unknown, known are {', '.join(_networks)}; import its module first"
         )
     network, config = _networks[name]
     fields = {f.name for f in dataclasses.fields(config)}

@@ -9,7 +9,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ...algebra import lazy
-from ...predictions import leading
 from .replay import settle
 from .schedule import Schedule, SchedulerOutput
 
@@ -86,44 +85,21 @@ class FlowMapScheduler(Schedule):
             if place is not None:
                 there: float | Tensor = self._levels[self._in_order(place) + 1]
             elif isinstance(here, Tensor):
-                here, there = self._neighbours(here, timestep)
+                there = self._below(here)
             else:
                 raise ValueError(
                     f"timestep {float(timestep):g} is not on the schedule, so where to go is unknown; give r_timestep"
                 )
         else:
-            target = self._place(r_timestep, expected=False)
+            target = self._place(r_timestep)
             there = self._levels[target] if target is not None else self._level(r_timestep, sample, "r_timestep")
-        here, there = leading(here, there)
         (moved,) = settle((lazy(sample) + (there - here) * lazy(model_output),), sample)
-        self._check_jump(here, there)
         at = place if place is not None else (self._expected() or 0)
         self._step_index = at + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    @staticmethod
-    def _check_jump(here: Any, there: Any) -> None:
-        """Of levels that the host knows; a tensor on the device is not read."""
-        for name, level in (("timestep", here), ("r_timestep", there)):
-            if isinstance(level, float) and not -1e-6 <= level <= 1.0 + 1e-6:
-                raise ValueError(
-                    f"{name} is {level:g} of num_train_timesteps; noise levels lie between 0, data, and 1, noise"
-                )
-
-    def _neighbours(self, levels: Tensor, timestep: Any) -> tuple[Tensor, Tensor]:
-        """Each of `levels` as the schedule has it where it is one of its levels but for the rounding of `timestep`'s
-        dtype, and the next level of the schedule below; found on the device. 0 stays 0: a clean frame."""
+    def _below(self, levels: Tensor) -> Tensor:
+        """The next level of the schedule below each of `levels`, found on the device. 0 stays 0: a clean frame."""
         ascending = self.sigmas.flip(0).to(levels)
-        rounding = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        unit = 0.0 if timestep.is_floating_point() else 0.5 / self.config.num_train_timesteps
-        nearest = (torch.searchsorted(ascending, levels.contiguous()) - 1).clamp_min(0)
-        nearest = torch.where(
-            (ascending[(nearest + 1).clamp_max(len(ascending) - 1)] - levels).abs()
-            < (ascending[nearest] - levels).abs(),
-            (nearest + 1).clamp_max(len(ascending) - 1),
-            nearest,
-        )
-        close = (ascending[nearest] - levels).abs() <= 1e-6 + unit + rounding * levels
-        levels = torch.where(close, ascending[nearest], levels)
-        place = torch.searchsorted(ascending, levels.contiguous())
-        return levels, ascending[(place - 1).clamp_min(0)]
+        place = torch.searchsorted(ascending, (levels - 1e-6).contiguous())
+        return ascending[(place - 1).clamp_min(0)]

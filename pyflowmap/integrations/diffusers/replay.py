@@ -54,7 +54,6 @@ class Replay:
         self.point, self.state = x, lazy(x)
         self.time: float | None = None
         self.free = True  # the point handed out is the state itself, so another may come back in its place
-        self.version = 0  # of the point when it was handed out
         self._forward()
         if not self.free:
             raise ValueError(
@@ -69,16 +68,17 @@ class Replay:
         """
         if self.time is None:
             raise ValueError(f"{self.name} has finished its {len(self.pairs)} steps; begin a new run")
-        if self.free:
+        if x is not self.point:
+            if not self.free:
+                raise ValueError(
+                    f"the state was changed between two evaluations of one step of {self.name}; "
+                    "change it between steps, or use a solver with one evaluation per step"
+                )
             self.point, self.state = x, lazy(x)
-        elif x is not self.point or x._version != self.version:
-            raise ValueError(
-                f"the state was changed between two evaluations of one step of {self.name}; "
-                "change it between steps, or use a solver with one evaluation per step"
-            )
+        elif self.free:
+            self.state = lazy(x)  # it may have been written to
         self.known.append(velocity)
         self._forward()
-        self.version = self.point._version
         return self.point
 
     def _velocity(self, argument: Lazy, *at: float) -> Lazy:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
@@ -24,9 +24,7 @@ from .replay import settle
 __all__ = ["Schedule", "SchedulerOutput"]
 
 _RESHAPED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
-_NEAR = 1e-6  # of num_train_timesteps; timesteps closer than this are one: rounded to float32, one must find itself
-_BARE = {"num_train_timesteps", "shift"}
-_NOT_FLOW = ("sigma_data", "sigma_min", "sigma_max", "scaler", "s_noise", "trained_betas", "alpha_prod")
+_NEAR = 1e-3  # timesteps closer than this are one: rounded to float32, one must still find itself
 _FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 
 
@@ -51,11 +49,7 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As everywhere in diffusers; of a config that belongs to another class, what cannot be kept raises."""
         if isinstance(config, dict):
-            # An object's own config is its keys: these two are those of FlowMatchHeunDiscreteScheduler, and of
-            # FlowMapEulerDiscreteScheduler, which spaces its levels otherwise. One of them goes with each class here.
-            bare = isinstance(config, FrozenDict) and {k for k in config if k[0] != "_"} == _BARE
-            heun = bare and "FlowMapEulerDiscreteScheduler" not in cls._compatibles
-            config = _translated(cls, dict(config), kwargs, linspace=heun)
+            config = _translated(cls, dict(config), kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def _setup(self) -> None:
@@ -172,12 +166,12 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         ValueError where it is none of the schedule's.
         """
         values = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        found = _second_nearest(values, float(timestep), _NEAR * self.config.num_train_timesteps)
+        found = _second_nearest(values, float(timestep))
         if found is None:
             raise ValueError(f"timestep {float(timestep):g} is not in the schedule {[round(v, 3) for v in values[:8]]}")
         return found
 
-    def _place(self, timestep: Any, expected: bool = True) -> int | None:
+    def _place(self, timestep: Any) -> int | None:
         """Which entry of `timesteps` this is, without a word to the device; None: not one of them, or unreadable."""
         if isinstance(timestep, Tensor):
             table = self.timesteps
@@ -188,11 +182,10 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     return offset
             if timestep.device.type != "cpu" or timestep.numel() != 1:
                 return None
-        value, near = float(timestep), _NEAR * self.config.num_train_timesteps
-        due = self._expected() if expected else None
-        if due is not None and due < len(self._values) and abs(self._values[due] - value) <= near:
-            return due
-        return _second_nearest(self._values, value, near)
+        value, expected = float(timestep), self._expected()
+        if expected is not None and expected < len(self._values) and abs(self._values[expected] - value) <= _NEAR:
+            return expected
+        return _second_nearest(self._values, value)
 
     def _expected(self) -> int | None:
         return self._begin_index if self._step_index is None else self._step_index
@@ -245,11 +238,11 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.config.num_train_timesteps
 
 
-def _second_nearest(values: Sequence[float], value: float, near: float) -> int | None:
+def _second_nearest(values: Sequence[float], value: float) -> int | None:
     """Where `value` is; of equal ones the second, at which a step begins where the one before it ended with the first.
     None: nowhere."""
     nearest = min(values, key=lambda each: abs(each - value))
-    if abs(nearest - value) > near:
+    if abs(nearest - value) > _NEAR:
         return None
     equal = [i for i, each in enumerate(values) if each == nearest]
     return equal[1] if len(equal) > 1 else equal[0]
@@ -259,7 +252,7 @@ def _host(values: Any) -> Any:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else values
 
 
-def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any], linspace: bool = False) -> dict[str, Any]:
+def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Another scheduler's config in the words of this one. (A config in memory, unlike a saved one, has no class.)"""
     origin = config.get("_class_name")
     if origin == cls.__name__:
@@ -269,7 +262,7 @@ def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any], linsp
     on = next((key for key, value in asked.items() if value), None)
     if on is not None:
         raise ValueError(f"{shown} has {on} = True, which {cls.__name__} does not do; set it False, or give sigmas")
-    if linspace or "invert_sigmas" in config or origin in _FLOW_MATCHING:
+    if "invert_sigmas" in config or origin in _FLOW_MATCHING:
         config.setdefault("timestep_spacing", "linspace")
     if "beta_schedule" in config:
         if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
@@ -280,12 +273,4 @@ def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any], linsp
             )
         own = cls._get_init_keys(cls) - {"self", "timestep_spacing"}  # type: ignore[attr-defined]
         config = {key: value for key, value in config.items() if key in own} | {"shift": config["flow_shift"]}
-    else:
-        alien = next((key for key in _NOT_FLOW if key in config), None)
-        if alien is not None or config.get("prediction_type", "flow_prediction") != "flow_prediction":
-            alien = alien or "prediction_type"
-            raise ValueError(
-                f"{shown} has {alien} = {config[alien]!r}, which no scheduler of flow matching has: the network was "
-                f"trained on other noise levels than {cls.__name__} has; use pfm.FlowMap(network, ...) and pfm.sample"
-            )
     return config
