@@ -331,7 +331,7 @@ def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any]) -> di
         config.setdefault("timestep_spacing", "linspace")
     elif origin is None and "_use_default_values" in config and "timestep_spacing" not in {*config, *kwargs}:
         raise ValueError(
-            "a config in memory of shift alone may be FlowMapEulerDiscreteScheduler's or FlowMatchHeunDiscreteScheduler's, "
-            'whose levels differ; pass timestep_spacing="trailing" (the former) or "linspace" (the latter)'
+            "a config in memory of shift alone is FlowMapEulerDiscreteScheduler's or FlowMatchHeunDiscreteScheduler's"
+            ', whose levels differ; pass timestep_spacing="trailing" (the former) or "linspace" (the latter)'
         )
     return config
