@@ -322,6 +322,64 @@ def test_what_large_runs_refuse(small, tmp_path, capsys, monkeypatch):
     assert main(command(small, tmp_path / "x.safetensors")) == 1 and "RANK = 2" in capsys.readouterr().err
 
 
+def test_the_second_process_of_two_resumes(small, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "folder"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for said in ("3 parts made", "resumed: 3 of 3 parts"):
+        assert main(command(small, out)) == 0, capsys.readouterr().err
+        assert said in capsys.readouterr().out
+
+
+def test_another_call_is_another_model(tmp_path, capsys):
+    """The same weights with the span in the place of the end draw other samples."""
+    torch.manual_seed(0)
+    network, out, other = UNet(UNetConfig(image=(1, 8, 8), channels=8, blocks=1)), tmp_path / "a.safetensors", []
+    for call in ("start_and_end", "start_and_span"):
+        other.append(FlowMap(network, call=call).save(tmp_path / f"{call}.safetensors"))
+    assert main(command(other[0], out)) == 0
+    assert main(command(other[1], out)) == 1 and "weights = " in capsys.readouterr().err
+    assert main(command(other[0], out)) == 0 and "complete already" in capsys.readouterr().out
+
+
+def test_a_run_killed_in_the_merge_leaves_nothing_at_last(interrupted, small, monkeypatch):
+    """Killed before the rename, then between rename and clean-up: SIGKILL runs no `finally`."""
+    from pyflowmap.cli import shards
+
+    out, parts, whole = interrupted
+    code = f"import os, sys\nfrom pyflowmap.cli import main, shards\n{{}}\nmain({command(small, out)!r})\n"
+    die = "os.kill(os.getpid(), 9)"
+    for patch in (f"shards.os.fsync = lambda *_: {die}", f"shards.Shards._remove = lambda *_: {die}"):
+        subprocess.run([sys.executable, "-c", code.format(patch)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert (parts / "manifest.json").exists()
+        left = {each.name for each in out.parent.iterdir()} - {"one.safetensors", small.name}
+        assert left <= {out.name, parts.name}  # nothing beside the parts' folder, which is cleared:
+    assert out.read_bytes() == whole and list(parts.glob(".out-*"))
+    (parts / "mine.txt").write_text("")  # another's
+    assert main(command(small, out)) == 0
+    assert os.listdir(parts) == ["mine.txt"]
+    (parts / "mine.txt").unlink()
+    assert main(command(small, out)) == 0 and not parts.exists()
+    other = shards.Shards(out, {"count": 22, "batch": 4})
+    parts.mkdir()
+    other.open()
+    assert main(command(small, out)) == 0 and os.listdir(parts) == ["manifest.json"]  # another run's stays
+
+
+def test_help_shows_the_defaults_and_adaptive_solvers_take_no_steps(small, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for words in ("default: 2;", "default: 40", "default: 2.0", "noise (default: 0)", "default: flow_map"):
+        assert words in said
+    arguments = [str(small), "--solver=dopri5", "--count=2"]
+    for name in ("x.safetensors", "x.png"):
+        assert main(["sample", *arguments, "--out", str(tmp_path / name), "--steps=2"]) == 1
+        assert "--steps 2 with --solver dopri5, which chooses its steps" in capsys.readouterr().err
+        assert main(["sample", *arguments, "--out", str(tmp_path / name)]) == 0
+        assert "steps chosen by dopri5" in capsys.readouterr().out
+
+
 def test_foreign_file(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"not a model")
