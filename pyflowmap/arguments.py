@@ -128,16 +128,18 @@ def check_ids(sample_ids: Any, seed: Any, like: Tensor) -> None:
         )
 
 
-def condition_of(condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]:
+def condition_of(condition: Mapping[str, Any] | None, x: Tensor, what: str = "noise") -> dict[str, Any]:
     if condition is not None and not isinstance(condition, Mapping):
         raise TypeError(f'condition is {type(condition).__name__}; pass keywords for the network, e.g. {{"label": y}}')
     condition = dict(condition or {})
     for key, value in condition.items():
         if isinstance(value, Tensor) and value.device != x.device:
-            raise ValueError(f"condition {key!r} is on {value.device} but the noise is on {x.device}; move one of them")
+            raise ValueError(
+                f"condition {key!r} is on {value.device} but the {what} is on {x.device}; move one of them"
+            )
         if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]:
             raise ValueError(
-                f"condition {key!r} has {value.shape[0]} rows but the noise has {x.shape[0]}; give one row per sample"
+                f"condition {key!r} has {value.shape[0]} rows but the {what} has {x.shape[0]}; give one row per sample"
             )
     return condition
 

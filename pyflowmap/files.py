@@ -12,13 +12,16 @@ __all__ = ["whole_file", "writable_folder"]
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path with the same suffix; renamed to `path` when the block ends well, removed when it does not."""
+def whole_file(path: str | Path, *, folder: Path | None = None) -> Iterator[Path]:
+    """A temporary path with the same suffix; renamed to `path` when the block ends well, removed when it does not.
+
+    It lies beside `path`, or in `folder` of the same file system, which its owner clears of what killed processes left.
+    """
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {str(path.parent)!r} for {path.name!r} does not exist; create it first")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=folder or path.parent)
     except OSError as error:
         raise PermissionError(
             f"cannot write into {str(path.parent)!r} ({error.strerror}); choose another folder"

@@ -31,7 +31,7 @@ REACH = 0.01
 def log_likelihood(
     model: FlowMap,
     x1: Tensor,  # (B, ...) data, floating point
-    steps: int = 50,
+    steps: int | None = None,  # 50
     *,
     solver: str | Callable = "heun",
     probes: int = 1,
@@ -93,7 +93,9 @@ def log_likelihood(
         raise ValueError(f'distribution = {distribution!r}; it is "rademacher" or "gaussian"')
     condition = condition_of(condition, x1)
     view = View(model, condition, like=x1)
-    times = _times(view, uniform(steps) if grid is None else grid)
+    if grid is not None and steps is not None:
+        raise ValueError(f"steps = {steps} beside a grid, which says how many there are; leave steps out")
+    times = _times(view, uniform(50 if steps is None else steps) if grid is None else grid)
     view.prepare(chosen.asks(chosen.visits(times)))
     made = None if exact else _probes(x1, probes, distribution, seed, sample_ids)
     divergence = _Divergence(view, x1, made, network_dtype(model, x1), bool(grad))

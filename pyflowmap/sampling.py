@@ -111,7 +111,8 @@ def sample(
     condition = condition_of(condition, like)
     if guidance is not None and not isinstance(guidance, Guidance):
         raise TypeError(
-            f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...)"
+            f"guidance is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null=...), or "
+            "subclass pfm.guidance.Guidance"
         )
     if guidance is not None:
         guidance.check(chosen, grad)

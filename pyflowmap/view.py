@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .algebra import Lazy, lazy
 from .flow_map import FlowMap
+from .guidance.guidance import guided
 from .interpolants import Linear
 from .predictions import jump_coefficients, linear_velocity_coefficients
 from .solvers import Port
@@ -117,12 +118,8 @@ class View:
             make = self.mean_velocity if self.takes == "jump" else self.velocity
             return [make(asked, each, x, s, t) for each in outputs]
 
-        guided = self.guidance(ask, x, s, t)
-        if type(guided) is not Lazy:
-            raise TypeError(
-                f"the guidance returned {type(guided).__name__}; it returns a lazy combination of what it asked for"
-            )
-        return x + (t - s) * guided if self.takes == "jump" else guided
+        mean = guided(self.guidance, ask, x, s, t, len(self.conditions))
+        return x + (t - s) * mean if self.takes == "jump" else mean
 
     def _other(self, model: Any) -> FlowMap:
         if not isinstance(model, FlowMap):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import time
@@ -19,14 +20,16 @@ def add(subparsers) -> None:
         "interruption the same command goes on. The samples are the same bits in each case.",
     )
     parser.add_argument("model", help='"digits" or the path of a .safetensors file')
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=None, help="(default: 2; solvers that choose their own: none)")
     parser.add_argument("--out", default="grid.png", help=".png, .safetensors or a folder (default: %(default)s)")
     parser.add_argument("--solver", default="flow_map", help="a name in pyflowmap.solvers.named (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--count", type=int, default=40, help="samples (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: %(default)s)")
     parser.add_argument("--label", type=int, default=None, help="draw this class only (default: all in turn)")
-    parser.add_argument("--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1: none")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--guidance", type=float, default=2.0, help="scale of classifier-free guidance; 1: none (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help='"cuda" takes the device of LOCAL_RANK (default: %(default)s)')
     parser.set_defaults(run=run)
 
@@ -39,6 +42,13 @@ def run(args: argparse.Namespace) -> None:
     for name, value in (("count", args.count), ("batch", args.batch)):
         if value < 1:
             raise ValueError(f"--{name} {value}; at least 1")
+    adaptive = _adaptive(args.solver)
+    if adaptive and args.steps is not None:
+        raise ValueError(
+            f"--steps {args.steps} with --solver {args.solver}, which chooses its steps; leave --steps out"
+        )
+    if not adaptive and args.steps is None:
+        args.steps = 2
     out = Path(args.out)
     rank, size = world()
     picture = out.suffix.lower() not in (".safetensors", "")
@@ -61,13 +71,22 @@ def run(args: argparse.Namespace) -> None:
 def _picture(args: argparse.Namespace, model: Any, image: tuple[int, ...], labels: int, out: Path) -> None:
     from .. import png
 
+    parts = {"chunk": args.batch} if args.count > args.batch else {}
     begin = time.perf_counter()
-    images = _make(args, model, image, labels, 0, args.count, chunk=args.batch)["samples"]
+    images = _make(args, model, image, labels, 0, args.count, **parts)["samples"]
     elapsed = time.perf_counter() - begin
     png.write(png.grid(images, columns=min(args.count, 10)), out)
-    print(
-        f"{out}: {args.count} pictures, {args.steps} steps of {args.solver}, {1000 * elapsed / args.count:.1f} ms each"
-    )
+    print(f"{out}: {args.count} pictures, {_how(args)}, {1000 * elapsed / args.count:.1f} ms each")
+
+
+def _adaptive(solver: str) -> bool:
+    from .. import solvers
+
+    return solver in solvers.named and solvers.named[solver].loop is not None
+
+
+def _how(args: argparse.Namespace) -> str:
+    return f"steps chosen by {args.solver}" if args.steps is None else f"{args.steps} steps of {args.solver}"
 
 
 def _tensors(
@@ -87,6 +106,7 @@ def _tensors(
     }
     shards = Shards(out, parameters)
     if shards.finished():
+        shards.clear()
         print(f"{out}: {args.count} samples, complete already")
         return
 
@@ -111,7 +131,7 @@ def _tensors(
     if missing:
         print(f"{who}{made} parts made; {missing} of other processes are missing yet")
     else:
-        print(f"{out}: {args.count} samples, {args.steps} steps of {args.solver}")
+        print(f"{out}: {args.count} samples, {_how(args)}")
 
 
 def _make(
@@ -144,9 +164,19 @@ def _weights(model: Any) -> str:
     """Names the model by what it computes with, wherever its file lies."""
     import torch
 
-    found = hashlib.sha256(f"{model.prediction} {model.interpolant} {type(model.network).__name__}".encode())
+    what = (model.prediction, model.interpolant, type(model.network).__name__, _call(model.call))
+    found = hashlib.sha256(" ".join(map(str, what)).encode())
     found.update(repr(getattr(model.network, "config", "")).encode())
     for key, value in model.network.state_dict().items():
         found.update(key.encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def _call(call: Any) -> str:
+    """Names a call by what it does: its class and the fields that say how, of which functions only by name."""
+    if not dataclasses.is_dataclass(call):
+        return f"{getattr(call, '__module__', '')}.{getattr(call, '__qualname__', type(call).__qualname__)}"
+    fields = {each.name: getattr(call, each.name) for each in dataclasses.fields(call)}
+    shown = {key: getattr(value, "__qualname__", value) if callable(value) else value for key, value in fields.items()}
+    return f"{type(call).__name__} {shown}"

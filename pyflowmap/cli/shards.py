@@ -5,6 +5,7 @@ global number), and a part is always made in one batch, so neither the number of
 
     out.safetensors.parts/manifest.json             the run's parameters
     out.safetensors.parts/part-000012.safetensors   "samples" (b, ...), "labels" (b,); written whole or not at all
+    out.safetensors.parts/.out-x1y2.safetensors     the merged file while it is written
     out.safetensors                                 all parts in order, when all are there; the folder is removed
 
 Each file carries the digest of the parameters, a part also that of its numbers. Whoever finds all parts present merges
@@ -15,6 +16,7 @@ would write the same file, one after the other. To a folder in place of a file t
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -105,6 +107,15 @@ class Shards:
                     f"{key} = {str(self.parameters.get(key))[:80]}; delete it or choose another --out"
                 )
 
+    def clear(self) -> None:
+        """Take away the parts of this run that one killed after the merge has left; those of another run stay."""
+        with suppress(OSError, ValueError):
+            if (self.folder / "manifest.json").exists():
+                self.open()  # raises ValueError where it is another's
+                self._remove()
+            else:
+                self.folder.rmdir()  # where it is empty
+
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def path(self, index: int) -> Path:
@@ -153,7 +164,8 @@ class Shards:
                 if self.path(index).exists():
                     if self.read(index) is not None:
                         there += 1
-                        bar.initial += hi - lo  # counted, but not for the speed
+                        if not bar.disable:  # a bar that is not shown has nothing to count with
+                            bar.initial += hi - lo  # counted, but not for the speed
                         bar.update(hi - lo)
                         continue
                     if self.path(index).exists():  # not merged and removed in this moment
@@ -200,7 +212,7 @@ class Shards:
             spans[key], at = at, at + size
         header = json.dumps(layout, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
-        with whole_file(self.out) as temporary, open(temporary, "wb") as file:
+        with whole_file(self.out, folder=self.folder) as temporary, open(temporary, "wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             begin = file.tell()
             file.truncate(begin + at)
@@ -229,8 +241,9 @@ class Shards:
         if not self.folder.is_dir():
             return
         own = [self.path(index) for index in range(self.number)]
-        own += [self.folder / "manifest.json", self.folder / "merge.lock"]
-        own += [*self.folder.glob(".part-*.safetensors"), *self.folder.glob(".manifest-*.json")]  # of killed processes
+        names = (".part-*.safetensors", ".manifest-*.json", f".{glob.escape(self.out.stem)}-*.safetensors")
+        own += [path for name in names for path in self.folder.glob(name)]  # of killed processes
+        own += [self.folder / "merge.lock", self.folder / "manifest.json"]  # last: whose the folder is
         for path in own:
             path.unlink(missing_ok=True)
         with suppress(OSError):

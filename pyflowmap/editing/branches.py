@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate
+from ..arguments import condition_of, uniform
 from ..flow_map import FlowMap
 from ..guidance import Guidance
+from ..guidance.guidance import guided
 from ..interpolants import Linear
-from ..solvers import Port
+from ..solvers import Port, Solver, time_grid
 from ..solvers.buffers import Packed
 from ..view import View
 
-__all__ = ["Branches", "check_guidance", "in_model_time", "linear_time", "refuse_grad"]
+__all__ = ["Branches", "check_guidance", "conditions_of", "in_model_time", "linear_time", "refuse_grad", "times_of"]
 
 Asked = tuple[tuple[int, ...], ...]  # per branch: which of its conditions
 
@@ -108,7 +110,7 @@ class Branches:
                 velocities.append(view.velocity(model or self.model, output, x, t))
             return velocities
 
-        return ask(0)[0] if view.guidance is None else view.guidance(ask, x, t, t)
+        return ask(0)[0] if view.guidance is None else guided(view.guidance, ask, x, t, t, len(view.conditions))
 
 
 def stacked(conditions: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, Any] | None:
@@ -130,12 +132,46 @@ def stacked(conditions: Sequence[Mapping[str, Any]], like: Tensor) -> dict[str, 
     return result
 
 
-def check_guidance(guidance: Callable | None, name: str) -> Guidance | None:
-    if guidance is not None and not isinstance(guidance, Guidance):
+def check_guidance(guidance: Callable | None, name: str, editor: str) -> Guidance | None:
+    if guidance is None:
+        return None
+    if not isinstance(guidance, Guidance):
         raise TypeError(
-            f"{name} is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null={{'label': 10}})"
+            f"{name} is {type(guidance).__name__}; pass an object such as pfm.guidance.cfg(3.0, null={{'label': 10}}), "
+            "or subclass pfm.guidance.Guidance"
         )
+    try:
+        guidance.check(Solver(_euler, editor, 1, 1))  # an editor takes Euler's steps, in order and once
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     return guidance
+
+
+def _euler(velocity: Any, x: Any, s: Any, t: Any, memory: Any) -> Any:
+    return x + (t - s) * velocity(x, s), memory
+
+
+def times_of(steps: int | None, grid: Sequence[float] | Tensor | None, usual: int) -> list[float]:
+    """The grid, or equal steps from 0 to 1: `steps` of them, or as many as are usual."""
+    if grid is None:
+        return uniform(usual if steps is None else steps)
+    times = time_grid(grid)
+    if steps is not None and steps != len(times) - 1:
+        raise ValueError(f"steps = {steps} with a grid of {len(times) - 1} steps; leave steps out")
+    return times
+
+
+def conditions_of(name: str, condition: Mapping[str, Any] | None, x: Tensor) -> dict[str, Any]:
+    """`condition` of the image `x`, checked."""
+    for key, value in dict(condition).items() if isinstance(condition, Mapping) else ():
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"{name}: condition {key!r} has {value.shape[0]} rows but x_source has {x.shape[0]}; give one row per "
+                "image"
+            )
+        if isinstance(value, Tensor) and value.device != x.device:
+            raise ValueError(f"{name}: condition {key!r} is on {value.device} but x_source is on {x.device}; move one")
+    return condition_of(condition, x)
 
 
 def linear_time(model: FlowMap, r: float) -> float:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate, lazy, union
-from ..arguments import condition_of, network_dtype, start, uniform
+from ..arguments import condition_of, network_dtype, start
 from ..flow_map import FlowMap
 from ..ops.combine import combine
-from ..solvers import Solver, integrate, time_grid
+from ..solvers import Solver, integrate
 from ..solvers.buffers import Packed
 from ..view import View
-from .branches import check_guidance, in_model_time, refuse_grad
+from .branches import check_guidance, in_model_time, refuse_grad, times_of
 from .operators import Loss, Mask
 
 __all__ = ["flow_chef"]
@@ -29,11 +29,11 @@ def flow_chef(
     measurement: Any,  # what operator.forward gives for the image looked for; for a Mask the image itself
     operator: Any,  # Mask, Blur, Downsample, Loss, or an object with forward, adjoint, norm_squared
     *,
-    steps: int = 50,
+    steps: int | None = None,  # 50
     strength: float,
     inner: int = 1,
     until: float = 1.0,
-    grid: Sequence[float] | Tensor | None = None,  # replaces steps; rising
+    grid: Sequence[float] | Tensor | None = None,  # in place of steps; rising
     condition: Mapping[str, Any] | None = None,
     guidance: Callable | None = None,
     seed: int | Tensor | None = None,
@@ -57,6 +57,7 @@ def flow_chef(
     inner     gradient steps at each time: 1 to 5 in the paper. For a Mask they are one, made in the launch of the step,
               D - [1 - (1 - strength m)^inner] (D - y). Where A A' is a multiple of the identity (Downsample) one too
     until     steer the steps that start before this time (the model's own); 1: all
+    guidance  as in `pfm.sample`; the idle steps of cfg_zero are not steered either
     seed      of the noise, with a shape; see `pfm.sample`
 
     With strength 1 a Mask's known pixels end on the measurement exactly. Works on any path and any prediction, like
@@ -72,7 +73,7 @@ def flow_chef(
         raise TypeError(
             f"model is {type(model).__name__}; wrap the network: pfm.FlowMap(network, prediction=..., call=...)"
         )
-    times = time_grid(uniform(steps) if grid is None else grid)
+    times = times_of(steps, grid, 50)
     if not 0.0 <= times[0] < times[-1] <= 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; it rises within [0, 1], 0 = noise to 1 = data")
     if isinstance(noise_or_shape, Tensor) and (seed is not None or sample_ids is not None):
@@ -83,12 +84,13 @@ def flow_chef(
     x = start(model, noise_or_shape, seed, sample_ids)
     _check(operator, measurement, strength, inner, x)
     condition = condition_of(condition, x)
-    guidance = check_guidance(guidance, "guidance")
+    guidance = check_guidance(guidance, "guidance", "flow_chef")
     view = View(model, condition, guidance, like=x, dtype=network_dtype(model, x))
     times, last = [view.linear_time(r) for r in times], view.linear_time(until)
-    if guidance is not None:
-        times = times[guidance.idle(times) :]
-    view.prepare(times)
+    idle = 0 if guidance is None else guidance.idle(times)
+    if idle >= len(times) - 1:
+        raise ValueError(f"{type(guidance).__name__} leaves all {len(times) - 1} steps idle; take more than {idle}")
+    view.prepare(times[idle:])
     advance = _steering(operator, measurement, strength, inner, x)
 
     def run(solver, field, x, times, port, noise, grad, callback, progress, trajectory):
@@ -97,9 +99,16 @@ def flow_chef(
         rings = [Packed.empty(x, port), Packed.empty(x, port)]
         states = [torch.empty_like(x), torch.empty_like(x)] if apart and callback is None else None
         point, state, count = lazy(x) * (1.0 / size(times[0])), x, len(times) - 1
-        argument = rings[1]
-        evaluate(*(lazy(x),) * port.slots, out=argument.parts)
+        for k, (s, t) in enumerate(pairwise(times[: idle + 1])):  # the velocity is zero
+            if callback is not None:
+                kept = evaluate(size(t) * point, out=torch.empty_like(x))
+                callback({"step": k + 1, "steps": count, "s": s, "t": t, "x": kept, "nfe": 0})
+        argument = rings[(idle & 1) ^ 1]
+        first = size(times[idle]) * point if idle else lazy(x)
+        evaluate(*(first,) * port.slots, out=argument.parts)
         for k, (s, t) in enumerate(pairwise(times)):
+            if k < idle:
+                continue
             b = field(argument.whole, point, s)
             argument = rings[k & 1]
             if states is not None:
@@ -113,7 +122,7 @@ def flow_chef(
                 evaluate(*(size(t) * (point + (t - s) * b),) * len(outs), out=outs)
             point = lazy(state) * (1.0 / size(t))
             if callback is not None:
-                callback({"step": k + 1, "steps": count, "s": s, "t": t, "x": state, "nfe": k + 1})
+                callback({"step": k + 1, "steps": count, "s": s, "t": t, "x": state, "nfe": k + 1 - idle})
         return state
 
     return integrate(

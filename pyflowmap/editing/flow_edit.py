@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..algebra import Lazy, evaluate, lazy
-from ..arguments import condition_of, network_dtype, uniform
+from ..arguments import network_dtype
 from ..flow_map import FlowMap
-from ..solvers import Solver, integrate, time_grid
-from .branches import Branches, check_guidance, in_model_time, linear_time, refuse_grad
+from ..solvers import Solver, integrate
+from .branches import Branches, check_guidance, conditions_of, in_model_time, linear_time, refuse_grad, times_of
 
 __all__ = ["flow_edit"]
 
@@ -21,9 +21,9 @@ __all__ = ["flow_edit"]
 def flow_edit(
     model: FlowMap,
     x_source: Tensor,  # (B, ...) clean data, or latents
-    steps: int = 28,
+    steps: int | None = None,  # 28
     *,
-    grid: Sequence[float] | Tensor | None = None,  # replaces steps; rising, ends at the data
+    grid: Sequence[float] | Tensor | None = None,  # in place of steps; rising, ends at the data
     source: Mapping[str, Any],
     target: Mapping[str, Any],
     guidance_source: Callable | None = None,
@@ -66,21 +66,23 @@ def flow_edit(
     tensor([[2., 2.]])
     """
     _check(model, x_source, draws)
-    times = time_grid(uniform(steps) if grid is None else grid)
+    times = times_of(steps, grid, 28)
     count = len(times) - 1
     if not 0.0 <= times[0] < times[-1] == 1.0:
         raise ValueError(f"grid goes from {times[0]:g} to {times[-1]:g}; an edit ends at the data: rise to 1")
     for name, value in (("skip", skip), ("ordinary", ordinary)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{name} = {value!r}; it is a number of steps, 0 or more")
-    if skip == count or skip + ordinary > count:
+    if skip >= count:
+        raise ValueError(f"skip = {skip} leaves none of {count} steps; skip at most {count - 1}, or take more steps")
+    if skip + ordinary > count:
         raise ValueError(
-            f"skip = {skip} and ordinary = {ordinary} of {count} steps; together they fit, and one is left"
+            f"skip = {skip} and ordinary = {ordinary} are more than {count} steps; ordinary is at most {count - skip}"
         )
     start = x_source.to(torch.promote_types(x_source.dtype, torch.float32))
-    conditions = [condition_of(each, start) for each in (source, target)]
+    conditions = [conditions_of(name, each, start) for name, each in (("source", source), ("target", target))]
     guidances = [
-        check_guidance(each, name)
+        check_guidance(each, name, "flow_edit")
         for each, name in ((guidance_source, "guidance_source"), (guidance_target, "guidance_target"))
     ]
     times = [linear_time(model, r) for r in times[skip:]]

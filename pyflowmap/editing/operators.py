@@ -153,7 +153,11 @@ class Loss:
         self.fn = fn
 
     def gradient(self, x1: Tensor, measurement: Any) -> Tensor:
-        with torch.enable_grad():
+        # Autograd takes no tensor of inference mode: a copy outside of it is an ordinary one.
+        with torch.inference_mode(False), torch.enable_grad():
+            x1, measurement = (
+                each.clone() if isinstance(each, Tensor) and each.is_inference() else each for each in (x1, measurement)
+            )
             x1 = x1.detach().requires_grad_()
             value = self.fn(x1, measurement)
             if not isinstance(value, Tensor) or value.shape != x1.shape[:1]:

@@ -13,6 +13,8 @@ cfg, autoguidance and skip_layer are affine in the predictions: the same for vel
 into the solver's update. The others use norms and inner products, which differ between these *spaces*: `space` says
 which. They cost one reduction launch per evaluation, and nothing waits for the device.
 
+One of one's own is a subclass of `Guidance`, whose help shows one in eight lines.
+
 Those around another guidance compose: `rescale(skip_layer(2.8, skipped, of=cfg(4.0, null={"label": 10})))`.
 """
 

@@ -85,8 +85,8 @@ class cfg_zero(Contrast):
     scale, null, interval, batched   as in `cfg`
     zero_init  how many of the first steps leave the state where it is, because a network's velocity is worst next to
                the noise: a number of steps, or below 1 a share of them, rounded down (the paper's 4 %: none of 4 steps,
-               one of 25). These steps are dropped from the grid: not evaluated, called back or in the trajectory; and
-               so no multistep solver remembers them
+               one of 25). These steps are not evaluated, and no multistep solver remembers them; the callback and the
+               trajectory have them, with nfe = 0 and the state at rest
     space      in which s* is taken: the paper's "velocity", "data" or "noise"; they differ. A jump has "velocity" only
 
     1e-8 is added to ||v_null||^2. One reduction launch per guided evaluation.

@@ -61,8 +61,8 @@ class erk(Around):
     def check(self, solver: Any, grad: bool | str = False) -> None:
         if solver.name != "heun" or solver.takes != "velocity":
             raise ValueError(
-                f"erk compares the two evaluations that Heun makes at one time; {solver.name} makes no such pair, use "
-                'solver="heun"'
+                f"erk compares the two evaluations that Heun makes at one time, and {solver.name} makes no such pair; "
+                'it goes with pfm.sample(solver="heun") only'
             )
         super().check(solver, grad)
 

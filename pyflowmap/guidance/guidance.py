@@ -1,4 +1,4 @@
-"""What a guidance is: an object that a run asks
+"""What a guidance is: a subclass of `Guidance`, an object that a run asks
 
     check(solver, grad)     raises where it cannot work with them
     conditions(condition)   the conditions it will name, as a tuple; the first is the caller's own
@@ -31,7 +31,25 @@ Ask = Callable[..., list[Lazy]]
 
 
 class Guidance:
-    """What every guidance has; the defaults are those of one that asks for the caller's condition alone."""
+    """What every guidance has; the defaults are those of one that asks for the caller's condition alone.
+
+    One of one's own is a subclass with `__call__(ask, x, s, t)`. `ask(0, 1)` returns a list, one lazy velocity for each
+    condition that `conditions` names, so `v, = ask(0)` for one; `ask(0, model=other)` asks another network. It returns
+    one lazy. One that names more than the caller's condition defines `conditions`; `slots` where they share a call:
+
+    >>> class rising(pfm.guidance.Guidance):
+    ...     def __init__(self, scale, null):
+    ...         self.scale, self.null = scale, null
+    ...     def conditions(self, condition):
+    ...         return condition, pfm.guidance.without(condition, self.null)
+    ...     def __call__(self, ask, x, s, t):
+    ...         conditional, null = ask(0, 1)
+    ...         return null + (1.0 + (self.scale - 1.0) * s) * (conditional - null)
+    >>> fm = pfm.FlowMap(lambda x, s, label: label[:, None].expand_as(x), prediction="velocity")
+    >>> options = {"condition": {"label": torch.ones(1)}, "guidance": rising(3.0, null={"label": 0.0})}
+    >>> pfm.sample(fm, torch.zeros(1, 2), 2, solver="euler", **options)  # 1/2 + 2/2
+    tensor([[1.5000, 1.5000]])
+    """
 
     @property
     def remembers(self) -> bool:
@@ -155,13 +173,60 @@ def without(condition: Mapping[str, Any], null: Mapping[str, Any]) -> dict[str, 
         given = condition[key]
         if value is None:
             del result[key]
-        elif isinstance(given, Tensor) and not isinstance(value, Tensor):
-            result[key] = torch.full_like(given, value)
-        elif isinstance(value, Tensor) and isinstance(given, Tensor):
-            result[key] = value.to(given).expand_as(given)
+        elif isinstance(given, Tensor):
+            result[key] = _filled(key, value, given)
         else:
             result[key] = value
     return result
+
+
+def _filled(key: str, value: Any, given: Tensor) -> Tensor:
+    """The null value in the shape and dtype of the condition's tensor, and nothing else than was said."""
+    whole = not given.is_floating_point() and not given.is_complex()
+    if isinstance(value, Tensor):
+        if whole and (value.is_floating_point() or value.is_complex()):
+            raise ValueError(
+                f"null[{key!r}] has dtype {value.dtype} but the condition {given.dtype}, which would cut it off; pass "
+                f"it in that dtype"
+            )
+        try:
+            return value.to(given).expand_as(given)
+        except RuntimeError:
+            raise ValueError(
+                f"null[{key!r}] has shape {tuple(value.shape)} but the condition {tuple(given.shape)}; give one "
+                "number, or a tensor of that shape"
+            ) from None
+    if not isinstance(value, (bool, int, float)):
+        raise ValueError(
+            f"null[{key!r}] is {type(value).__name__} but the condition is a tensor; give one number, or a tensor of "
+            f"shape {tuple(given.shape)}"
+        )
+    if whole and isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"null[{key!r}] = {value} but the condition has dtype {given.dtype}; give a whole number")
+    return torch.full_like(given, value)
+
+
+# ---- what a run does with one --------------------------------------------------------------------------------------
+
+
+def guided(guidance: Guidance, ask: Ask, x: Lazy, s: Any, t: Any, count: int) -> Lazy:
+    """guidance(ask, x, s, t) of `count` conditions; what one of one's own gets wrong is said in its words."""
+    name = type(guidance).__name__
+
+    def asked(*which: int, model: Any = None) -> list[Lazy]:
+        for i in which:
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count:
+                raise ValueError(
+                    f"{name} asks for condition {i!r} but names {count}; let conditions(condition) return a tuple of "
+                    "them, the caller's own first"
+                )
+        return ask(*which) if model is None else ask(*which, model=model)
+
+    found = guidance(asked, x, s, t)
+    if type(found) is not Lazy:
+        cure = "unpack what ask returns, `v, = ask(0)`" if isinstance(found, (list, tuple)) else "return one Lazy"
+        raise TypeError(f"{name} returned {type(found).__name__}, not a combination of what it asked for; {cure}")
+    return found
 
 
 # ---- checks, at construction ---------------------------------------------------------------------------------------
@@ -177,8 +242,16 @@ def finite(name: str, value: Any, example: str, *, at_least: float = -math.inf) 
 
 
 def check_interval(interval: tuple[float, float] | None) -> None:
-    if interval is not None and not (len(interval) == 2 and interval[0] < interval[1]):
-        raise ValueError(f"interval = {interval}; the lower time comes first, e.g. (0.1, 0.8)")
+    if interval is None:
+        return
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        raise ValueError(f"interval = {interval!r}; it is a pair of linear times, e.g. (0.1, 0.8)")
+    if any(isinstance(end, bool) or not isinstance(end, (int, float)) or not 0.0 <= end <= 1.0 for end in interval):
+        raise ValueError(
+            f"interval = {interval!r}; its ends are linear times in [0, 1], 0 = noise to 1 = data, e.g. (0.1, 0.8)"
+        )
+    if interval[0] >= interval[1]:
+        raise ValueError(f"interval = {interval!r}; the lower time comes first, e.g. (0.1, 0.8)")
 
 
 def outside(interval: tuple[float, float] | None, s: float) -> bool:

@@ -15,9 +15,13 @@ _networks: dict[str, tuple[type[nn.Module], type]] = {}
 def register(config: type):
     """Class decorator `@register(Config)` for a module whose constructor takes one config and keeps it as `.config`."""
 
+    if isinstance(config, type) and issubclass(config, nn.Module):
+        raise TypeError(f"@register on {config.__name__} lacks its config; write @pfm.nn.register(Config)")
+    if not isinstance(config, type) or not dataclasses.is_dataclass(config):
+        shown = getattr(config, "__name__", repr(config))
+        raise TypeError(f"{shown} is not a dataclass; a network's config must be one")
+
     def add(network: type[nn.Module]) -> type[nn.Module]:
-        if not dataclasses.is_dataclass(config):
-            raise TypeError(f"{config.__name__} is not a dataclass; a network's config must be one")
         known = _networks.get(network.__name__)
         if known is not None and known[0].__module__ != network.__module__:
             raise ValueError(
@@ -47,9 +51,10 @@ def build(description: Any) -> nn.Module:
             'the description of the network is not {"name": ..., "config": {...}}; the file is not from pyflowmap'
         )
     name = description.get("name")
-    if name not in _networks:
+    if not isinstance(name, str) or name not in _networks:
         raise ValueError(
-            f"the file's network {name!r} is unknown, known are {', '.join(_networks)}; import its module first"
+            f"the file's network {str(name)[:80]!r} is unknown, known are {', '.join(_networks)}; import its module "
+            "first"
         )
     network, config = _networks[name]
     fields = {f.name for f in dataclasses.fields(config)}
@@ -61,7 +66,7 @@ def build(description: Any) -> nn.Module:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     try:
         return network(config(**values))
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"the file's {name} has an unfit config ({error}); the file is damaged") from None
 
 

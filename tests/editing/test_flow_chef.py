@@ -264,7 +264,9 @@ def test_callback_seeds_half_precision_and_kept_noise():
         ({"strength": math.nan}, "0 < strength < 2"),
         ({"inner": 0}, "at least 1"),
         ({"until": 0.0}, "a time above 0"),
-        ({"grid": [1.0, 0.0]}, "rises"),
+        ({"grid": [1.0, 0.0], "steps": None}, "rises"),
+        ({"grid": [0.0, 1.0]}, "steps = 4 with a grid of 1 steps"),
+        ({"guidance": pfm.guidance.erk(1.0)}, "guidance: erk compares .* flow_chef makes no such pair"),
         ({"seed": 3}, "with a shape only"),
         ({"measurement": torch.zeros(3, 2, 8, 4)}, "this operator measures"),
         ({"measurement": torch.full(SHAPE, math.inf)}, "not finite"),
@@ -280,6 +282,38 @@ def test_errors(change, message):
                  "steps": 4, "condition": {"label": LABEL}, **change}  # fmt: skip
     with pytest.raises(ValueError, match=message):
         flow_chef(model(), torch.zeros(SHAPE), **arguments)
+
+
+def test_a_guidance_that_is_none_is_told_what_to_be():
+    with pytest.raises(TypeError, match=r"guidance is function; .* or subclass pfm.guidance.Guidance"):
+        flow_chef(model(), torch.zeros(SHAPE), torch.zeros(SHAPE), Mask(torch.ones(1, 1, 1, 1)), strength=0.5,
+                  guidance=lambda ask, x, s, t: ask(0)[0])  # fmt: skip
+
+
+def test_a_loss_under_inference_mode():
+    x, y = random(dtype=torch.float32), torch.zeros(SHAPE)
+    loss = Loss(lambda x, y: (x - y).square().flatten(1).sum(1))
+    options = {"steps": 3, "strength": 0.1, "condition": {"label": LABEL}}
+    expected = flow_chef(model(), x, y, loss, **options)
+    with torch.inference_mode():
+        assert torch.equal(flow_chef(model(), x.clone(), y.clone(), loss, **options), expected)
+
+
+@pytest.mark.parametrize("path", [pfm.interpolants.Linear(), Trigonometric(), VariancePreserving()])
+def test_idle_steps_are_those_of_sample(path):
+    """Nothing is steered before `until`, so this is Euler's sampling with the same rest: state, callback and nfe."""
+    fm = pfm.FlowMap(network, prediction="data", interpolant=path)
+    guidance = pfm.guidance.cfg_zero(2.0, null={"label": 0.0}, zero_init=2)
+    records = {"ours": [], "theirs": []}
+    options = {"condition": {"label": LABEL}, "guidance": guidance, "grid": [0.1, 0.2, 0.3, 0.4, 0.7, 0.9]}
+    x, mask = random(), Mask(torch.zeros(1, 1, 1, 1))
+    ours = flow_chef(fm, x, x, mask, strength=1.0, callback=records["ours"].append, **options)
+    theirs = pfm.sample(fm, x, solver="euler", callback=records["theirs"].append, **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(flow_chef(fm, x, x, mask, strength=1.0, **options), theirs)
+    for a, b in zip(records["ours"], records["theirs"], strict=True):
+        assert all(a[key] == pytest.approx(b[key]) for key in ("step", "steps", "s", "t", "nfe"))
+        torch.testing.assert_close(a["x"], b["x"])
 
 
 def test_errors_of_operators():

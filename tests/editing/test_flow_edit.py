@@ -254,14 +254,21 @@ class Half(torch.nn.Module):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"skip": 8}, "one is left"),
-        ({"skip": 3, "ordinary": 6}, "together they fit"),
+        ({"skip": 8}, "leaves none of 8 steps"),
+        ({"skip": 9}, "leaves none of 8 steps"),
+        ({"skip": 3, "ordinary": 6}, "skip = 3 and ordinary = 6 are more than 8 steps; ordinary is at most 5"),
         ({"skip": -1}, "number of steps"),
         ({"ordinary": 1.5}, "number of steps"),
         ({"draws": 0}, "at least 1"),
-        ({"grid": [0.0, 0.5]}, "rise to 1"),
-        ({"grid": [1.0, 0.0]}, "rise to 1"),
-        ({"source": {"label": torch.zeros(2)}}, "2 rows"),
+        ({"grid": [0.0, 0.5], "steps": None}, "rise to 1"),
+        ({"grid": [1.0, 0.0], "steps": None}, "rise to 1"),
+        ({"grid": [0.0, 0.5, 1.0]}, "steps = 8 with a grid of 2 steps"),
+        (
+            {"source": {"label": torch.zeros(2)}},
+            "source: condition 'label' has 2 rows but x_source has 3; give one row per image",
+        ),
+        ({"guidance_target": pfm.guidance.erk(1.0)}, "guidance_target: erk compares .* flow_edit makes no such pair"),
+        ({"guidance_source": pfm.guidance.rescale(pfm.guidance.erk(1.0))}, "guidance_source: erk compares"),
     ],
 )
 def test_errors(change, message):

@@ -157,7 +157,7 @@ def test_any_time_to_any_other():
     x, u = normal(2, 3, seed=2), normal(2, 3)
     for each in (ours, theirs):
         each.set_timesteps(4)
-    for t, r in ((1000.0, 0.0), (750.0, 500.0), (640.5, 123.25), (500.0, 500.0), (100.0, 900.0)):
+    for t, r in ((1000.0, 0.0), (750.0, 500.0), (640.5, 123.25), (500.0, 500.0), (100.0, 0.125)):
         expected = theirs.step(u, t, x, r_timestep=r).prev_sample
         torch.testing.assert_close(ours.step(u, t, x, r_timestep=r).prev_sample, expected.float(), **CLOSE)
         given = ours.step(u, torch.tensor(t), x, r_timestep=torch.tensor(r)).prev_sample
@@ -169,7 +169,8 @@ def test_every_sample_and_every_frame_may_have_its_own_times():
     scheduler.set_timesteps(4)
     x, u = normal(3, 2, 5, seed=2), normal(3, 2, 5)
     for shape in ((3,), (3, 2)):
-        t, r = 1000 * torch.rand(shape), 1000 * torch.rand(shape)
+        t = 1000 * torch.rand(shape)
+        r = t * torch.rand(shape)
         exact = x.double() + ((r - t).double() / 1000).reshape(*shape, *[1] * (3 - len(shape))) * u.double()
         moved = scheduler.step(u, t, x, r_timestep=r).prev_sample
         torch.testing.assert_close(moved.double(), exact, atol=1e-6, rtol=1e-6)
@@ -182,6 +183,121 @@ def test_every_sample_and_every_frame_may_have_its_own_times():
     for wrong in (torch.rand(2), torch.rand(3, 5), torch.rand(3, 2, 5)):
         with pytest.raises(ValueError, match="leading dimensions"):
             scheduler.step(u, 1000 * wrong, x, r_timestep=0.0)
+
+
+def test_a_time_per_sample_beside_one_per_frame():
+    """B == F: nothing but the axis tells them apart."""
+    x, u = normal(2, 2, 5, seed=2).double(), normal(2, 2, 5).double()
+    rows, frames = torch.tensor([200.0, 500.0]), torch.tensor([[1000.0, 900.0], [800.0, 700.0]])
+    scheduler = FlowMapScheduler()
+    scheduler.set_timesteps(4)
+    moved = scheduler.step(u, frames, x, r_timestep=rows).prev_sample
+    for b in range(2):
+        for f in range(2):
+            step = (rows[b] - frames[b, f]).item() / 1000
+            torch.testing.assert_close(moved[b, f], x[b, f] + step * u[b, f], atol=1e-6, rtol=0)
+    moved = scheduler.step(u, torch.tensor([1000.0, 600.0]), x, r_timestep=frames / 2).prev_sample
+    exact = x + (frames / 2000 - torch.tensor([[1.0], [0.6]])).double()[..., None] * u
+    torch.testing.assert_close(moved, exact, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [3, 7, 40])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_rounded_timesteps_are_the_entries_they_came_from(kind, rows, steps):
+    """From noise to data along a constant velocity the steps add up to -1, whatever the dtype of the timesteps."""
+    scheduler, x = FlowMapScheduler(shift=0.9), torch.zeros(rows, 1, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    levels = []
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.ones_like(x), t.expand(rows).to(kind), x).prev_sample
+        levels.append(1 + float(x[0, 0]))
+    torch.testing.assert_close(torch.tensor(levels), scheduler.sigmas[1:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_timesteps_that_rounding_merged_raise(rows):
+    scheduler, x = FlowMapScheduler(), torch.zeros(rows, 1)
+    scheduler.set_timesteps(300)
+    with pytest.raises(ValueError, match=r"1000 and 996\.667 .* cannot be told apart in torch.bfloat16"):
+        scheduler.step(x, scheduler.timesteps[1].expand(rows).bfloat16(), x)
+    moved = scheduler.step(x + 1, torch.full((rows,), 996.0).bfloat16(), x, r_timestep=0.0).prev_sample
+    torch.testing.assert_close(moved, x - 0.996)  # r_timestep needs no schedule
+
+
+def test_a_short_training_schedule_has_near_timesteps():
+    """num_train_timesteps = 1, levels 8e-4 apart: each r_timestep is its own entry and not the one being left."""
+    scheduler, x = FlowMapScheduler(num_train_timesteps=1, shift=12.0), torch.zeros(1, 2)
+    scheduler.set_timesteps(100)
+    times = scheduler.timesteps.tolist()
+    for t, r in zip(times, [*times[1:], 0.0]):
+        x = scheduler.step(torch.ones_like(x), t, x, r_timestep=r).prev_sample
+    torch.testing.assert_close(x, -torch.ones_like(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "t, r, message",
+    [
+        (500.0, 700.0, "r_timestep lies 200 above timestep"),
+        (torch.tensor([800.0, 500.0]), 700.0, "r_timestep lies 200 above timestep"),
+        (1000.0, torch.tensor([1000.0, 1001.0]), "r_timestep = 1001"),
+        (1000.0, -1000.0, "r_timestep = -1000"),
+        (1500.0, 0.0, "timestep = 1500"),
+        (torch.tensor([1000.0, float("nan")]), 0.0, "timestep = nan"),
+    ],
+)
+def test_times_that_no_jump_has_raise(t, r, message):
+    scheduler, x = FlowMapScheduler(), normal(2, 3)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=message):
+        scheduler.step(x, t, x, r_timestep=r)
+    if "lies" not in message and "r_" not in message:
+        with pytest.raises(ValueError, match=message):
+            scheduler.scale_noise(x, t, x)
+
+
+FOREIGN = [
+    "SCMScheduler",
+    "EDMEulerScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "CMStochasticIterativeScheduler",
+    "IPNDMScheduler",
+    "DDPMWuerstchenScheduler",
+    "ScoreSdeVeScheduler",
+    "UnCLIPScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "DDIMScheduler",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("saved", [False, True])
+def test_configs_of_other_models_are_refused(name, saved, tmp_path):
+    theirs = getattr(diffusers, name)()
+    if saved:
+        theirs.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=rf"{name} (has|belongs)"):
+            FlowMapScheduler.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"(the config|Scheduler) (has|belongs)"):
+        FlowMapScheduler.from_config(type(theirs).from_pretrained(tmp_path).config if saved else theirs.config)
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMapEulerDiscreteScheduler"])
+def test_a_config_of_shift_alone_is_theirs_or_refused(name, tmp_path):
+    theirs = getattr(diffusers, name)(shift=3.0)
+    with pytest.raises(ValueError, match="pass timestep_spacing="):
+        FlowMapScheduler.from_config(theirs.config)
+    theirs.save_pretrained(tmp_path)
+    spacing = "linspace" if "Heun" in name else "trailing"
+    theirs.set_timesteps(4)
+    wanted = theirs.sigmas.float().unique()
+    for ours in (
+        FlowMapScheduler.from_pretrained(tmp_path),
+        FlowMapScheduler.from_config(type(theirs).from_pretrained(tmp_path).config),
+        FlowMapScheduler.from_config(theirs.config, timestep_spacing=spacing),
+    ):
+        ours.set_timesteps(4)
+        torch.testing.assert_close(ours.sigmas.unique(), wanted, atol=1e-6, rtol=0)
 
 
 def test_where_diffusers_own_is_wrong():

@@ -166,6 +166,41 @@ def test_the_state_may_be_changed_between_steps_only():
         two.step(w, two.timesteps[1], stage * 0.25)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("solver", ["heun", "rk4", "dpm_solver_pp_2s"])
+def test_a_point_written_to_inside_a_step_raises(solver, mode):
+    with mode():
+        scheduler, x = SolverScheduler(solver), normal(2, 3)
+        scheduler.set_timesteps(3)
+        point = scheduler.step(normal(2, 3, seed=2), scheduler.timesteps[0], x).prev_sample
+        point.mul_(2.0)
+        with pytest.raises(ValueError, match="changed between two evaluations"):
+            scheduler.step(normal(2, 3, seed=3), scheduler.timesteps[1], point)
+
+
+def test_a_solver_object_is_named():
+    with pytest.raises(TypeError, match=r"solver='heun_alpha', solver_options=\{'alpha': 0.5\}"):
+        SolverScheduler(solver=solvers.heun_alpha.using(alpha=0.5))
+    with pytest.raises(TypeError, match="solver is list"):
+        SolverScheduler(solver=[])
+
+
+@pytest.mark.parametrize("solver", ["edm_heun", "dpm_solver_pp_sde", "edm_heun_churn"])
+def test_image_to_image_of_steps_that_differ_is_refused_before_the_run(solver):
+    """Pipelines begin at a multiple of `order`; the first step of these takes one evaluation, so that is inside one."""
+    scheduler = SolverScheduler(solver)
+    scheduler.set_timesteps(6)
+    if solver != "edm_heun_churn":
+        with pytest.raises(ValueError, match=r"entry 6, is inside .* begin at entry 5 or 7; image-to-image"):
+            scheduler.set_begin_index(3 * scheduler.order)
+        assert scheduler.begin_index is None
+        scheduler.set_begin_index(5)
+    else:
+        scheduler.set_begin_index(6)
+        with pytest.raises(ValueError, match=r"entry 5, is inside .* begin at entry 4 or 6"):
+            scheduler.set_begin_index(5)
+
+
 def test_starting_in_the_middle():
     x = normal(2, 3)
     for solver in ("euler", "heun"):

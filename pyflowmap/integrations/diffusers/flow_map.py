@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...algebra import lazy
 from .replay import settle
-from .schedule import Schedule, SchedulerOutput
+from .schedule import NEAR, Schedule, SchedulerOutput, host
 
 __all__ = ["FlowMapScheduler"]
 
@@ -70,36 +70,56 @@ class FlowMapScheduler(Schedule):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """z_r. An entry of `timesteps` without `r_timestep` goes to the next one, in order; with `r_timestep` any
-        time goes to any other, and every row or frame may have its own.
+        time goes to any later one (r <= t), and every row or frame may have its own.
 
-        `generator` is taken because pipelines pass one; a jump draws nothing. Raises ValueError before
-        `set_timesteps`, out of order, and where a time is not on the schedule and `r_timestep` is missing.
+        Without `r_timestep`, times that were rounded to half precision or to whole numbers are the entries they were
+        made from. `generator` is taken because pipelines pass one; a jump draws nothing. Raises ValueError before
+        `set_timesteps`, out of order, where a time is not on the schedule and `r_timestep` is missing, and for times
+        outside of 0 to num_train_timesteps or r > t (of tensors on the host: others are not waited for).
         """
         self._require_levels()
-        place = self._place(timestep)
-        if place is not None:
-            here: float | Tensor = self._levels[place]
-        else:
-            here = self._level(timestep, sample)
-        if r_timestep is None:
-            if place is not None:
-                there: float | Tensor = self._levels[self._in_order(place) + 1]
-            elif isinstance(here, Tensor):
-                there = self._below(here)
-            else:
-                raise ValueError(
-                    f"timestep {float(timestep):g} is not on the schedule, so where to go is unknown; give r_timestep"
-                )
-        else:
+        place = self._place(timestep, rounded=r_timestep is None)
+        here: Any = self._levels[place] if place is not None else self._level(timestep, sample)
+        there: Any
+        if r_timestep is not None:
             target = self._place(r_timestep)
             there = self._levels[target] if target is not None else self._level(r_timestep, sample, "r_timestep")
-        (moved,) = settle((lazy(sample) + (there - here) * lazy(model_output),), sample)
+        elif place is not None:
+            there = self._levels[self._in_order(place) + 1]
+        elif isinstance(here, Tensor):
+            here, there = self._below(here, timestep.dtype)  # type: ignore[union-attr]
+        else:
+            raise ValueError(
+                f"timestep {float(timestep):g} is not on the schedule, so where to go is unknown; give r_timestep"
+            )
+        size = _difference(there, here)
+        back = max([size] if isinstance(size, float) else host(size) or [0.0])
+        if back > NEAR:
+            raise ValueError(
+                f"r_timestep lies {back * self.config.num_train_timesteps:g} above timestep; a jump goes from noise to "
+                "data, so r_timestep <= timestep"
+            )
+        (moved,) = settle((lazy(sample) + size * lazy(model_output),), sample)
         at = place if place is not None else (self._expected() or 0)
         self._step_index = at + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    def _below(self, levels: Tensor) -> Tensor:
-        """The next level of the schedule below each of `levels`, found on the device. 0 stays 0: a clean frame."""
+    def _below(self, levels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`levels`, those of the schedule that were rounded to `dtype` restored, and the next of the schedule below
+        each, found on the device. 0 stays 0: a clean frame."""
+        relative, absolute = self._rounding(dtype)
         ascending = self.sigmas.flip(0).to(levels)
-        place = torch.searchsorted(ascending, (levels - 1e-6).contiguous())
-        return ascending[(place - 1).clamp_min(0)]
+        nearest = (levels[..., None] - ascending).abs().argmin(-1)
+        known = ascending[nearest]
+        reach = (relative * known).clamp_min(max(absolute / self.config.num_train_timesteps, NEAR))
+        on = (levels - known).abs() <= reach
+        below = torch.where(on, nearest, torch.searchsorted(ascending, levels.contiguous())) - 1
+        return torch.where(on, known, levels), ascending[below.clamp_min(0)]
+
+
+def _difference(there: Any, here: Any) -> Any:
+    """there - here, of which one may be per sample and the other per frame."""
+    if isinstance(there, Tensor) and isinstance(here, Tensor) and there.dim() and here.dim():
+        rank = max(there.dim(), here.dim())
+        there, here = (each.reshape(*each.shape, *(1,) * (rank - each.dim())) for each in (there, here))
+    return there - here

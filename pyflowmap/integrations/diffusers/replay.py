@@ -68,12 +68,13 @@ class Replay:
         """
         if self.time is None:
             raise ValueError(f"{self.name} has finished its {len(self.pairs)} steps; begin a new run")
+        changed = x is not self.point or _version(x) != self.version
+        if changed and not self.free:
+            raise ValueError(
+                f"the state was changed between two evaluations of one step of {self.name}; "
+                "change it between steps, or use a solver with one evaluation per step"
+            )
         if x is not self.point:
-            if not self.free:
-                raise ValueError(
-                    f"the state was changed between two evaluations of one step of {self.name}; "
-                    "change it between steps, or use a solver with one evaluation per step"
-                )
             self.point, self.state = x, lazy(x)
         elif self.free:
             self.state = lazy(x)  # it may have been written to
@@ -106,6 +107,7 @@ class Replay:
                 else:
                     (self.point,) = settle((question.argument,), self.point)
                     self.free = False
+                self.version = _version(self.point)
                 return
             fresh, _ = self.memories.gather(returned)
             self.point, *values = settle((x_next, *fresh), self.point)
@@ -120,9 +122,15 @@ def settle(combinations: tuple[Lazy, ...], like: Tensor) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(each.requires_grad for each in combinations):
         values = evaluate(*combinations, dtype=like.dtype)
         return values if isinstance(values, tuple) else (values,)
-    outs = tuple([torch.empty_like(like) for _ in combinations])
+    with torch.inference_mode(False):  # a tensor of inference mode does not tell whether it was written to
+        outs = tuple([torch.empty_like(like) for _ in combinations])
     evaluate(*combinations, out=outs if len(outs) > 1 else outs[0])
     return outs
+
+
+def _version(x: Tensor) -> int | None:
+    """Grows when x is written to. The first state of a run may be one of inference mode, which has none."""
+    return None if x.is_inference() else x._version
 
 
 def plan(solver: Solver, times: list[float], singular: frozenset[float]) -> list[list[float]]:

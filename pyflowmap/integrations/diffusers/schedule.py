@@ -21,11 +21,13 @@ from torch import Tensor
 from ...algebra import lazy
 from .replay import settle
 
-__all__ = ["Schedule", "SchedulerOutput"]
+__all__ = ["NEAR", "Schedule", "SchedulerOutput", "host"]
 
 _RESHAPED = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling")
-_NEAR = 1e-3  # timesteps closer than this are one: rounded to float32, one must still find itself
+NEAR = 1e-6  # levels closer than this are one: rounded to float32, one must still find itself
 _FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+_TRAILING = ("FlowMapEulerDiscreteScheduler", "FlowMapScheduler", "SolverScheduler")
+_FOREIGN_BUT_IDLE = ("scale_factors", "upscale_mode")  # FlowMatchLCMScheduler's, of resolutions
 
 
 class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -166,13 +168,16 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         ValueError where it is none of the schedule's.
         """
         values = (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist()
-        found = _second_nearest(values, float(timestep))
+        found = _second_nearest(values, float(timestep), NEAR * self.config.num_train_timesteps)
         if found is None:
             raise ValueError(f"timestep {float(timestep):g} is not in the schedule {[round(v, 3) for v in values[:8]]}")
         return found
 
-    def _place(self, timestep: Any) -> int | None:
-        """Which entry of `timesteps` this is, without a word to the device; None: not one of them, or unreadable."""
+    def _place(self, timestep: Any, rounded: bool = False) -> int | None:
+        """Which entry of `timesteps` this is, without a word to the device; None: not one of them, or unreadable.
+
+        `rounded`: also where it was rounded to the dtype of `timestep`, a tensor."""
+        near = NEAR * self.config.num_train_timesteps
         if isinstance(timestep, Tensor):
             table = self.timesteps
             if timestep.dtype == table.dtype and timestep.device == table.device and timestep.numel() == 1:
@@ -182,10 +187,29 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     return offset
             if timestep.device.type != "cpu" or timestep.numel() != 1:
                 return None
-        value, expected = float(timestep), self._expected()
-        if expected is not None and expected < len(self._values) and abs(self._values[expected] - value) <= _NEAR:
-            return expected
-        return _second_nearest(self._values, value)
+            if rounded:
+                relative, absolute = self._rounding(timestep.dtype)
+                near = max(near, relative * float(timestep), absolute)
+        found = _second_nearest([*self._values, 0.0], float(timestep), near, self._expected())
+        return None if found == len(self._values) else found
+
+    def _rounding(self, dtype: torch.dtype) -> tuple[float, float]:
+        """By how much a timestep of the schedule moves when it becomes a `dtype`: relative, absolute.
+
+        ValueError where two of them can then no longer be told apart.
+        """
+        whole = not dtype.is_floating_point
+        if whole and all(abs(v - round(v)) <= 1e-6 * v for v in self._values):
+            return 0.0, 0.0
+        relative, absolute = (0.0, 1.0) if whole else (torch.finfo(dtype).eps, 0.0)  # whole: may be cut off
+        for above, below in pairwise([*dict.fromkeys(self._values), 0.0]):
+            apart = absolute * (2 if below else 1) + relative * 0.5 * (above + below)
+            if above - below < apart:
+                raise ValueError(
+                    f"timesteps {above:g} and {below:g} of the schedule cannot be told apart in {dtype}, so where to "
+                    "go is unknown; hand back `timesteps` in float32, or give r_timestep"
+                )
+        return relative, absolute
 
     def _expected(self) -> int | None:
         return self._begin_index if self._step_index is None else self._step_index
@@ -203,8 +227,9 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     def _level(self, timestep: Any, sample: Tensor, name: str = "timestep") -> float | Tensor:
         """The noise level of any timestep: a float, or a tensor of leading dimensions of `sample`, on its device."""
+        steps = self.config.num_train_timesteps
         if not isinstance(timestep, Tensor) or (timestep.numel() == 1 and timestep.device.type == "cpu"):
-            return float(timestep) / self.config.num_train_timesteps
+            return self._in_range([float(timestep)], name)[0] / steps
         if timestep.numel() == 1:
             timestep = timestep.reshape(())
         shape = tuple(timestep.shape)
@@ -213,8 +238,16 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"{name} has shape {shape} but the sample has shape {tuple(sample.shape)}; give one number, or the "
                 "sample's leading dimensions: (B,), or (B, F) where frames come second"
             )
+        self._in_range(host(timestep) or [], name)
         kind = torch.float64 if timestep.dtype == sample.dtype == torch.float64 else torch.float32
-        return timestep.to(device=sample.device, dtype=kind) / self.config.num_train_timesteps
+        return timestep.to(device=sample.device, dtype=kind) / steps
+
+    def _in_range(self, values: list[float], name: str) -> list[float]:
+        steps = self.config.num_train_timesteps
+        for value in values:
+            if not -NEAR * steps <= value <= (1 + NEAR) * steps:  # NaN fails too
+                raise ValueError(f"{name} = {value:g}; timesteps lie between {steps:g} = noise and 0 = data")
+        return values
 
     # ---- noise -------------------------------------------------------------------------------------------------------
 
@@ -238,14 +271,25 @@ class Schedule(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return self.config.num_train_timesteps
 
 
-def _second_nearest(values: Sequence[float], value: float) -> int | None:
-    """Where `value` is; of equal ones the second, at which a step begins where the one before it ended with the first.
-    None: nowhere."""
+def _second_nearest(values: Sequence[float], value: float, near: float, expected: int | None = None) -> int | None:
+    """Where `value` is; of equal ones the one expected, or else the second, at which a step begins where the one before
+    it ended with the first. None: nowhere."""
     nearest = min(values, key=lambda each: abs(each - value))
-    if abs(nearest - value) > _NEAR:
+    if not abs(nearest - value) <= near:
         return None
     equal = [i for i, each in enumerate(values) if each == nearest]
+    if expected in equal:
+        return expected
     return equal[1] if len(equal) > 1 else equal[0]
+
+
+def host(times: Tensor) -> list[float] | None:
+    """The numbers in a tensor that lies on the host; None where reading it would wait for a device or is impossible."""
+    if type(times) is not Tensor or times.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(times):
+        return None
+    return times.detach().flatten().tolist()
 
 
 def _host(values: Any) -> Any:
@@ -262,15 +306,32 @@ def _translated(cls: type, config: dict[str, Any], kwargs: dict[str, Any]) -> di
     on = next((key for key, value in asked.items() if value), None)
     if on is not None:
         raise ValueError(f"{shown} has {on} = True, which {cls.__name__} does not do; set it False, or give sigmas")
+    own = cls._get_init_keys(cls) - {"self"}  # type: ignore[attr-defined]
+    predicts = config.get("prediction_type", "flow_prediction")
+    diffusion = "beta_schedule" in config and not config.get("use_flow_sigmas")
+    if diffusion or predicts != "flow_prediction":
+        schedule = f"beta_schedule = {config['beta_schedule']!r}, " if "beta_schedule" in config else ""
+        raise ValueError(
+            f"{shown} belongs to a diffusion model ({schedule}prediction_type = {config.get('prediction_type')!r}); "
+            f"{cls.__name__} is for flow models. For such a network use "
+            'pfm.FlowMap(network, prediction="noise", ...) and pfm.sample'
+        )
+    if "beta_schedule" in config:  # a multistep scheduler that was told to do flow matching, as Wan's
+        kept = own - {"timestep_spacing"}
+        return {key: value for key, value in config.items() if key in kept} | {"shift": config["flow_shift"]}
+    if origin not in (*_FLOW_MATCHING, *_TRAILING):
+        known = {*own, *_RESHAPED, *_FOREIGN_BUT_IDLE}
+        strange = next((key for key in config if key not in known and not key.startswith("_")), None)
+        if strange is not None:
+            raise ValueError(
+                f"{shown} has {strange} = {config[strange]!r}, which a flow-matching schedule does not have; "
+                f"{cls.__name__} would step otherwise, so make it by its own arguments, e.g. {cls.__name__}(shift=3.0)"
+            )
     if "invert_sigmas" in config or origin in _FLOW_MATCHING:
         config.setdefault("timestep_spacing", "linspace")
-    if "beta_schedule" in config:
-        if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
-            raise ValueError(
-                f"{shown} belongs to a diffusion model (beta_schedule = {config['beta_schedule']!r}, prediction_type = "
-                f"{config.get('prediction_type')!r}); {cls.__name__} is for flow models. For such a network use "
-                'pfm.FlowMap(network, prediction="noise", ...) and pfm.sample'
-            )
-        own = cls._get_init_keys(cls) - {"self", "timestep_spacing"}  # type: ignore[attr-defined]
-        config = {key: value for key, value in config.items() if key in own} | {"shift": config["flow_shift"]}
+    elif origin is None and "_use_default_values" in config and "timestep_spacing" not in {*config, *kwargs}:
+        raise ValueError(
+            "a config in memory of shift alone is FlowMapEulerDiscreteScheduler's or FlowMatchHeunDiscreteScheduler's"
+            ', whose levels differ; pass timestep_spacing="trailing" (the former) or "linspace" (the latter)'
+        )
     return config

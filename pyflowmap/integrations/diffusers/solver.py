@@ -87,6 +87,14 @@ class SolverScheduler(Schedule):
         self._publish([known.get(time, 1.0 - time) for time in self._asked], device, levels[-1])
         self._run = None
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Which entry of `timesteps` the first step will be given: one at which a step of the solver begins."""
+        super().set_begin_index(begin_index)
+        if self._levels:
+            self._begin_index = None  # until it has been checked
+            self._check_begin(begin_index)
+            self._begin_index = begin_index
+
     def step(
         self,
         model_output: Tensor,  # (B, ...) the velocity, noise - data
@@ -101,7 +109,7 @@ class SolverScheduler(Schedule):
         state is changed inside a step. Adds no synchronisation with the device.
         """
         self._require_levels()
-        place = self._place(timestep)
+        place = self._place(timestep, rounded=True)
         if place is None and isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.device.type != "cpu":
             place = self._expected()  # a copy that only the device can read: the order is all there is
         if place is None:
@@ -126,12 +134,23 @@ class SolverScheduler(Schedule):
             )
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
+    def _check_begin(self, place: int) -> None:
+        if place in self._starts:
+            return
+        near = [at for at in sorted(self._starts) if at < len(self._values)]
+        low, high = max(at for at in near if at < place), next((at for at in near if at > place), None)
+        uneven = any(at != k * self.order for k, at in enumerate(near))
+        cure = (
+            f"; image-to-image pipelines begin at a multiple of {self.order}, but not all of its steps take that many "
+            'evaluations: use one whose steps do, e.g. "heun", there'
+        )
+        raise ValueError(
+            f"timestep {self._values[place]:g}, entry {place}, is inside a step of {self._solver.name}; begin at entry "
+            f"{low}{'' if high is None else f' or {high}'}{cure if uneven else ''}"
+        )
+
     def _begin(self, place: int, sample: Tensor, generator: Any) -> int:
-        if place not in self._starts:
-            raise ValueError(
-                f"timestep {self._values[place]:g}, entry {place}, is inside a step of {self._solver.name}; begin at "
-                f"one of the entries {[*self._starts][::-1][:8]}"
-            )
+        self._check_begin(place)
         self._run = Replay(
             self._solver,
             self._times,
@@ -143,7 +162,15 @@ class SolverScheduler(Schedule):
         return place
 
 
-def _chosen(name: str, options: dict[str, Any] | None) -> solvers.Solver:
+def _chosen(name: Any, options: dict[str, Any] | None) -> solvers.Solver:
+    if isinstance(name, solvers.Solver):
+        shown = ", ".join(f"{key!r}: {value!r}" for key, value in {**name.options, **(options or {})}.items())
+        raise TypeError(
+            f"solver is a Solver, which a saved scheduler cannot hold; pass solver={name.name!r}"
+            + (f", solver_options={{{shown}}}" if shown else "")
+        )
+    if not isinstance(name, str):
+        raise TypeError(f"solver is {type(name).__name__}; pass a name in pyflowmap.solvers.named, e.g. 'heun'")
     if name not in solvers.named:
         raise ValueError(f"solver = {name!r}; named ones are {', '.join(solvers.named)}")
     chosen = solvers.named[name]
