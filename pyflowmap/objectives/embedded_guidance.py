@@ -100,10 +100,11 @@ class embedded_guidance:
         dropped = uniform(x, seed=None if seed is None else seed + 2, sample_ids=batch.sample_ids) < self.drop
         kept = batch.condition if self.drop == 0.0 else dropped_condition(batch.condition, null, self.null, dropped)
 
-        guided = ~dropped
+        share = 1.0 - 1.0 / told[self.scale]
         if self.interval is not None:
-            guided = guided & (s >= told[self.interval[0]]) & (s <= told[self.interval[1]])
-        share = (1.0 - 1.0 / told[self.scale]) * guided.to(s.dtype)
+            start, stop = (told[name] for name in self.interval)
+            share = share * ((s >= start) & (s <= stop)).to(s.dtype)
+        # A dropped row is asked twice under the null condition: the difference is 0, and b_g = b.
         with torch.no_grad():
             conditional = predict(replace(batch, condition={**kept, **told}))
             alone = predict(replace(batch, condition={**null, **told}))
