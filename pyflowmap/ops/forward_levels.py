@@ -25,7 +25,7 @@ def outer_levels() -> AbstractContextManager:
 def without_tangents(saved: Sequence[Any]) -> list[Any]:
     """The saved tensors as constants of the level under way; their tangents further out stay. Within `outer_levels`.
 
-    Of torch.func's levels each has the number 0 while it runs; `forward_ad.unpack_dual` asks a counter that compiled code
-    does not keep.
+    Each of torch.func's levels has the number 0 while it runs; `forward_ad.unpack_dual` asks a counter that compiled
+    code does not keep.
     """
     return [x if x is None or not x.is_floating_point() else torch._VF._unpack_dual(x, level=0)[0] for x in saved]
