@@ -292,10 +292,9 @@ class _Combine(torch.autograd.Function):
     def restore(ctx, in_jvp: bool = False) -> tuple[Call, Sequence[Tensor]]:
         """The call and its vectors. Asks for the saved tensors once: torch.utils.checkpoint allows no more."""
         s = ctx.static
-        saved: Any = ctx.saved_tensors
-        scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors = (
-            without_tangents(saved) if in_jvp else saved
-        )
+        scalars, like, mask, mask_scalars, seed_data, stream_data, sample_ids, *tensors = ctx.saved_tensors
+        if in_jvp:  # all but numbers, which have no tangent: those that a tracer holds must stay what they are
+            like, *tensors = without_tangents((like, *tensors))
         noise = Noise(
             ctx.seed if seed_data is None else seed_data,
             ctx.stream if stream_data is None else stream_data,

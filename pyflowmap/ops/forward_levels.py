@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch.autograd import forward_ad
 
 __all__ = ["outer_levels", "without_tangents"]
@@ -22,5 +23,9 @@ def outer_levels() -> AbstractContextManager:
 
 
 def without_tangents(saved: Sequence[Any]) -> list[Any]:
-    """The saved tensors as constants of the level under way; their tangents further out stay. Within `outer_levels`."""
-    return [x if x is None or not x.is_floating_point() else forward_ad.unpack_dual(x).primal for x in saved]
+    """The saved tensors as constants of the level under way; their tangents further out stay. Within `outer_levels`.
+
+    Each of torch.func's levels has the number 0 while it runs; `forward_ad.unpack_dual` asks a counter that compiled
+    code does not keep.
+    """
+    return [x if x is None or not x.is_floating_point() else torch._VF._unpack_dual(x, level=0)[0] for x in saved]

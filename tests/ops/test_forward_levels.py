@@ -98,3 +98,10 @@ def test_of_a_fused_gradient_whose_cotangent_moves():
     sigmoid = torch.sigmoid(x)
     second = sigmoid * (1 - sigmoid) * (2.0 + x * (1.0 - 2.0 * sigmoid))  # silu''
     torch.testing.assert_close(got, second * d, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["clamp", "gram", "cross"])
+def test_compiled(kind):
+    torch._dynamo.reset()
+    function = torch.compile(lambda x: along(along(ours(kind), D), E)(x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(function(X), DERIVATIVES["twice"](formula(kind)), rtol=1e-10, atol=1e-10)
