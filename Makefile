@@ -18,7 +18,7 @@ CPP  := $(shell find csrc -name '*.cpp' 2>/dev/null)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format sanitize wheel cuda-compile clean FORCE
+.PHONY: help demo test bench lint format sanitize sanitize-address,undefined sanitize-thread wheel cuda-compile clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -79,8 +79,10 @@ format: $(VENV)/lint  ## rewrite the sources as lint wants them
 # ---- proofs ---------------------------------------------------------------------------------------------------------
 sanitize: $(VENV)/installed  ## the CPU and SIMT kernel tests under ASan + UBSan, then under ThreadSanitizer
 	$(PY) -m pytest -m sanitizer tests/simt $(ARGS)
-	tools/sanitize.sh address,undefined $(ARGS)
-	tools/sanitize.sh thread $(ARGS)
+	$(MAKE) --no-print-directory -j 2 --output-sync=target sanitize-address,undefined sanitize-thread
+
+sanitize-%: $(VENV)/installed
+	tools/sanitize.sh $* $(ARGS)
 
 cuda-compile: $(VENV)/torch  ## every .cu for sm_80 and sm_90a, warnings as errors; needs nvcc, no GPU
 	cmake -S . -B .build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release -DPYFLOWMAP_CUDA=ON -DPYFLOWMAP_WERROR=ON -DPYFLOWMAP_MINIMAL=ON \

@@ -267,7 +267,6 @@ class Ending(small.Stream):
         ({"step": nn.Linear(1, 1)}, "wrap the network"),
         ({"step": Step(small.Network(), pfm.objectives.progressive, seed=1)}, "leave them out"),
     ],
-    ids=str,
 )
 def test_refusals(options, message):
     options = dict(options)
