@@ -18,7 +18,7 @@ CPP  := $(shell find csrc -name '*.cpp' 2>/dev/null)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format sanitize sanitize-address,undefined sanitize-thread wheel cuda-compile clean FORCE
+.PHONY: help demo test bench lint format sanitize wheel cuda-compile clean FORCE
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
