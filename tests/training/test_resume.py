@@ -168,8 +168,12 @@ def test_a_second_signal_does_not_wait():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(None, callback=ask)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(None, callback=ask)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_keep_and_a_finished_run(tmp_path):
